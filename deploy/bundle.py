@@ -1,0 +1,352 @@
+"""The bundle directory: what its manifest says, and the strict reader that holds the directory to it.
+
+Standard library only, so that a bundle can be checked where nothing is installed to run it. The digests find
+damage and mix-ups; they do not say who made the bundle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from deploy.errors import BundleError, DeployError
+from profiles.typed import TypedDataError, from_data
+
+__all__ = [
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "Architecture",
+    "Bundle",
+    "BundleError",
+    "Defaults",
+    "DeployError",
+    "File",
+    "Graph",
+    "Manifest",
+    "Provenance",
+    "Scheduler",
+    "Tokenizer",
+    "Variant",
+    "manifest_from_json",
+    "manifest_to_json",
+    "open_bundle",
+]
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+GRAPHS = ("transformer", "text_encoder", "text_encoder_2", "vae_decoder")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+_DAMAGED = "Copy the bundle again, or export it again."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """One ONNX file; its external weights lie beside it."""
+
+    path: str
+    """Relative to the bundle, with forward slashes, as every path of the manifest."""
+    activations: Literal["float32", "float16"]
+    """Type of the graph's floating-point inputs and outputs."""
+    weights: Literal["float32", "float16", "int4"]
+    """How the linears' weights are stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """A `tokenizer.json` and how its tokens are brought to one length."""
+
+    path: str
+    max_length: int
+    """Tokens of a prompt after truncation and padding, start and end included."""
+    pad_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduler:
+    """The options of the flow-matching Euler scheduler that change its sigmas."""
+
+    num_train_timesteps: int
+    shift: float
+    use_dynamic_shifting: bool
+    base_shift: float
+    max_shift: float
+    base_image_seq_len: int
+    max_image_seq_len: int
+    time_shift_type: Literal["exponential", "linear"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The sizes that the code around the graphs needs."""
+
+    family: Literal["sd3"]
+    latent_channels: int
+    vae_scale_factor: int
+    """Picture pixels along a side of one latent."""
+    patch_size: int
+    """Latents along a side of one transformer token."""
+    max_latent_size: int
+    """Largest latent height and width that the transformer's position table covers."""
+    scaling_factor: float
+    shift_factor: float
+    joint_attention_dim: int
+    """Width that text embeddings are padded to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a picture is made with when the caller does not say."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    max_sequence_length: int
+    """Zero tokens that stand for the third text encoder, which a bundle does not hold."""
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """How the transformer runs on one target."""
+
+    target: str
+    """Name of the device profile."""
+    runtime: Literal["onnxruntime", "tensorrt-rtx"]
+    path: str
+    """An ONNX graph, or an engine."""
+    activations: Literal["float32", "float16"]
+    compute_capability: str | None
+    """The GPU an engine was built for, as in "8.9"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where the weights came from and what made the bundle of them."""
+
+    model: str
+    base_model: str | None
+    license: str | None
+    plan_sha256: str | None
+    tools: dict[str, str]
+    """Versions of the tools that had a hand in it, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """What a file of the bundle has to be."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The whole of `manifest.json`."""
+
+    schema_version: int
+    architecture: Architecture
+    scheduler: Scheduler
+    defaults: Defaults
+    tokenizers: dict[str, Tokenizer]
+    """By the name of the component: `tokenizer` and `tokenizer_2`."""
+    graphs: dict[str, list[Graph]]
+    """By the name of the component: `transformer`, `text_encoder`, `text_encoder_2`, `vae_decoder`."""
+    variants: list[Variant]
+    provenance: Provenance
+    files: dict[str, File]
+    """Every file of the bundle but the manifest, by path."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle directory that agreed with its manifest when it was opened."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, relative: str) -> Path:
+        """Return where a file of the bundle lies.
+
+        Raises:
+            BundleError: The manifest does not list it.
+        """
+        if relative not in self.manifest.files:
+            raise BundleError(f"{self.path} has no file {relative!r} in its manifest.")
+        return self.path / relative  # listed paths were found to stay inside when the manifest was read
+
+
+def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
+    """Turn the manifest into the plain data that `manifest_from_json` reads."""
+    return dataclasses.asdict(manifest)
+
+
+def manifest_from_json(data: Any) -> Manifest:
+    """Read a manifest and check that its parts agree with each other.
+
+    Raises:
+        BundleError: It is of another schema version, a key is unknown, missing or of the wrong type, a path
+            leaves the bundle, or one part names what another does not have.
+    """
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if type(version) is int and version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{MANIFEST} has schema_version {version}, and this version of hptool reads {SCHEMA_VERSION}. "
+            "Export the bundle again with this version, or install the one that wrote it."
+        )
+    try:
+        manifest = from_data(Manifest, data)
+    except TypedDataError as error:
+        raise BundleError(f"{MANIFEST} cannot be used: {error}. Export the bundle again.") from error
+    if fault := _fault(manifest):
+        raise BundleError(f"{MANIFEST} contradicts itself: {fault}. Export the bundle again.")
+    return manifest
+
+
+def open_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
+    """Open a bundle after holding every file of it to the manifest, before any of them is parsed.
+
+    Args:
+        verify: False leaves out the digests, which cost a read of every file; everything else stays checked.
+
+    Raises:
+        BundleError: A file is missing, damaged, a link, not listed, or the manifest cannot be used.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        what = "is not a directory" if root.exists() else "does not exist"
+        raise BundleError(f"{root} {what}. Give the directory that `hptool export` wrote.")
+    manifest = manifest_from_json(_read_manifest(root))
+    present = _regular_files(root) - {MANIFEST}
+    if missing := sorted(manifest.files.keys() - present):
+        raise BundleError(f"{root} lacks {_named(missing)} of its manifest. {_DAMAGED}")
+    if unlisted := sorted(present - manifest.files.keys()):
+        raise BundleError(
+            f"{root} holds {_named(unlisted)}, which its manifest does not list. "
+            "Remove what does not belong there, or copy the bundle again."
+        )
+    for relative, file in manifest.files.items():
+        _check_file(root / relative, file, digest=verify)
+    return Bundle(root, manifest)
+
+
+def _read_manifest(root: Path) -> Any:
+    path = root / MANIFEST
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(
+            f"{root} has no {MANIFEST} that is a regular file, so it is not a bundle. "
+            "Give the directory that `hptool export` wrote."
+        )
+    try:
+        return json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
+        )
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not the JSON it should be: {error}. {_DAMAGED}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return table
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a number of JSON")
+
+
+def _fault(manifest: Manifest) -> str | None:
+    """Return what in the manifest does not agree with the rest of it, None where everything does."""
+    for relative in manifest.files:
+        if not _is_confined(relative) or relative == MANIFEST:
+            return f"{relative!r} is not the path of a file inside the bundle"
+    for what, names, there in (
+        ("graphs", GRAPHS, manifest.graphs.keys()),
+        ("tokenizers", TOKENIZERS, manifest.tokenizers.keys()),
+    ):
+        if set(names) != set(there):
+            return f"{what} must be those of {', '.join(names)}, not of {', '.join(there) or 'nothing'}"
+    if empty := [name for name, graphs in manifest.graphs.items() if not graphs]:
+        return f"graphs[{empty[0]!r}] is empty"
+    graphs = [graph.path for component in manifest.graphs.values() for graph in component]
+    tokenizers = [tokenizer.path for tokenizer in manifest.tokenizers.values()]
+    for relative in [*graphs, *tokenizers, *(variant.path for variant in manifest.variants)]:
+        if relative not in manifest.files:
+            return f"{relative!r} is used but not among its files"
+    scheduler = manifest.scheduler
+    if scheduler.use_dynamic_shifting and scheduler.max_image_seq_len <= scheduler.base_image_seq_len:
+        return "scheduler.max_image_seq_len must be above its base_image_seq_len"
+    lengths = {tokenizer.max_length for tokenizer in manifest.tokenizers.values()}
+    if len(lengths) > 1 or min(lengths) < 2:
+        return "the tokenizers need one max_length, of two tokens at least"
+    if not manifest.variants:
+        return "there are no variants to run"
+    targets = [variant.target for variant in manifest.variants]
+    if len(set(targets)) < len(targets):
+        return f"two variants share a target, of {', '.join(targets)}"
+    transformers = {graph.path: graph.activations for graph in manifest.graphs["transformer"]}
+    for variant in manifest.variants:
+        if variant.runtime != "onnxruntime":
+            if variant.compute_capability is None:
+                return f"the variant {variant.target!r} is an engine without a compute_capability"
+        elif transformers.get(variant.path) != variant.activations:
+            return f"the variant {variant.target!r} is not one of the transformer's graphs"
+    for part in (manifest.architecture, manifest.scheduler, manifest.defaults):
+        for name, value in dataclasses.asdict(part).items():
+            least = 0 if name == "max_sequence_length" else 1
+            if type(value) is int and value < least:
+                return f"{type(part).__name__.lower()}.{name} must be {least} at least"
+    return None
+
+
+def _is_confined(relative: str) -> bool:
+    """Whether the path stays inside the directory it is relative to, on any operating system."""
+    path = PurePosixPath(relative)
+    if path.is_absolute() or str(path) != relative or relative == ".":
+        return False
+    return not any(part == ".." for part in path.parts) and not set(relative) & set("\\:\0")
+
+
+def _regular_files(root: Path) -> set[str]:
+    """Return the paths of all files under `root`, relative and with forward slashes."""
+    files: set[str] = set()
+    for directory, subdirectories, names in os.walk(root):
+        for name in [*subdirectories, *names]:
+            path = Path(directory, name)
+            mode = path.lstat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                kind = "a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
+                raise BundleError(
+                    f"{path} is {kind}; a bundle holds plain files only. "
+                    "Copy the bundle with its files (cp -rL), or export it again."
+                )
+            if stat.S_ISREG(mode):
+                files.add(path.relative_to(root).as_posix())
+    return files
+
+
+def _check_file(path: Path, file: File, *, digest: bool) -> None:
+    size = path.stat().st_size
+    if size != file.bytes:
+        raise BundleError(f"{path} has {size} bytes where its manifest says {file.bytes}. {_DAMAGED}")
+    if digest:
+        with path.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != file.sha256:
+            raise BundleError(
+                f"{path} is not the file that was exported: its sha256 starts with {found[:12]}, "
+                f"and its manifest says {file.sha256[:12]}. {_DAMAGED}"
+            )
+
+
+def _named(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(repr(name) for name in names[:3]) + more

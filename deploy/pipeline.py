@@ -1,0 +1,353 @@
+"""Text to picture from a bundle: what diffusers' StableDiffusion3Pipeline does, without torch.
+
+Shapes: B pictures, C latent channels, H and W of the latent, T text tokens, D features.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, TypedDict
+
+from deploy.bundle import Bundle, Variant, open_bundle
+from deploy.errors import DeployError, extra
+from deploy.sampler import euler_step, sigmas
+from deploy.session import EngineSession, Session, choose_variant, open_variant
+
+with extra("edge"):
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
+    from tokenizers import Tokenizer
+
+__all__ = ["EdgePipeline", "Result", "Timings", "save_png"]
+
+Floats = NDArray[np.float32]
+
+logger = logging.getLogger(__name__)
+
+
+class Timings(TypedDict):
+    """Wall time in milliseconds, as data that prints as JSON."""
+
+    load: float
+    """Opening what this call was the first to need; not in the parts below."""
+    text_encoders: float
+    transformer: float
+    vae_decoder: float
+    steps: list[float]
+    """Each transformer step; they make up `transformer`."""
+    total: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Pictures and how they were made."""
+
+    images: list[Image.Image]
+    """The pictures of the first prompt, then those of the next."""
+    seeds: list[int]
+    """The seed of each picture's noise; unused when the caller gave the latents."""
+    timings_ms: Timings
+    variant: Variant
+    """What ran the transformer."""
+
+
+class EdgePipeline:
+    """A bundle ready to make pictures. Parts are loaded when first used, and stay."""
+
+    def __init__(
+        self, bundle: Bundle, variant: Variant, *, reasons: Sequence[str] = (), threads: int | None = None
+    ) -> None:
+        """Take a bundle that is open and the variant of its transformer to run; see `open`."""
+        self.bundle = bundle
+        self.variant = variant
+        self.reasons = list(reasons)
+        """Why this variant, one line for each that was looked at."""
+        self._threads = threads
+        self._sessions: dict[str, Session | EngineSession] = {}
+        self._tokenizers: dict[str, Tokenizer] = {}
+        self._load_ms = 0.0
+
+    @classmethod
+    def open(
+        cls,
+        path: str | PathLike[str],
+        target: str | None = None,
+        threads: int | None = None,
+        verify: bool = True,
+    ) -> EdgePipeline:
+        """Open a bundle directory for this machine.
+
+        Args:
+            target: Variant to run, by the name of its device profile; None takes the best that runs here.
+            threads: Of onnxruntime; None takes one for every core.
+            verify: Whether to check the digest of every file before it is used.
+
+        Raises:
+            DeployError: The bundle is damaged, or has no such variant, or it cannot run here.
+        """
+        if threads is not None and threads < 1:
+            raise DeployError(f"A session takes one thread at least, not {threads}.")
+        bundle = open_bundle(path, verify=verify)
+        variant, reasons = choose_variant(bundle, target)
+        for reason in reasons:
+            logger.info("%s", reason)
+        return cls(bundle, variant, reasons=reasons, threads=threads)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] = "",
+        *,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images: int = 1,
+        seed: int = 0,
+        latents: Floats | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Result:
+        """Make `num_images` pictures of each prompt. What is left out comes from the bundle's defaults.
+
+        Args:
+            negative_prompt: What to keep away from, for all prompts or one for each; used with guidance only.
+            guidance_scale: 1 or less makes one transformer pass a step instead of two.
+            height: Of the picture in pixels, as `width`.
+            seed: Of the first picture; each next one takes the number after, so that any picture of a call
+                can be made again alone. The noise is numpy's, which is not torch's for the same seed.
+            latents: Initial noise [B, C, H, W] to take instead.
+            on_step: Called after each step with how many are done, and of how many.
+
+        Raises:
+            DeployError: The request does not fit the model, a part failed, or what came out is no picture.
+        """
+        start, loaded = time.perf_counter(), self._load_ms
+        defaults, architecture = self.bundle.manifest.defaults, self.bundle.manifest.architecture
+        steps = defaults.num_inference_steps if steps is None else steps
+        guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        height = defaults.height if height is None else height
+        width = defaults.width if width is None else width
+        self._check_size(height=height, width=width)
+        if num_images < 1:
+            raise DeployError(f"num_images must be one at least, not {num_images}.")
+        if not np.isfinite(guidance_scale):
+            raise DeployError(f"guidance_scale must be a number, not {guidance_scale}.")
+        prompts = _prompts("prompt", prompt)
+        guided = guidance_scale > 1
+        negatives = _prompts("negative_prompt", negative_prompt, len(prompts)) if guided else []
+
+        factor, patch = architecture.vae_scale_factor, architecture.patch_size
+        shape = (len(prompts) * num_images, architecture.latent_channels, height // factor, width // factor)
+        seeds = [seed + index for index in range(shape[0])]
+        noise = _noise(seeds, shape) if latents is None else _checked_latents(latents, shape)
+        timesteps, levels = sigmas(
+            self.bundle.manifest.scheduler, steps, (shape[2] // patch) * (shape[3] // patch)
+        )
+
+        clock = self._clock()
+        hidden, pooled = self._encode([*negatives, *prompts])
+        text_ms = self._clock() - clock
+        # Every picture of a prompt shares its encoding; the negative half comes before the other.
+        hidden, pooled = (np.repeat(encoding, num_images, axis=0) for encoding in (hidden, pooled))
+        state, step_ms = noise, []
+        for step, timestep in enumerate(timesteps):
+            clock = self._clock()
+            velocity = self._velocity(state, timestep, hidden, pooled, guidance_scale if guided else None)
+            if not np.isfinite(velocity).all():
+                raise DeployError(
+                    f"The transformer gave values that are not finite in step {step + 1} of {steps}: there "
+                    f"is no picture (variant {self.variant.target}, {self.variant.activations} activations). "
+                    "Run another target, or export again."
+                )
+            state = euler_step(state, velocity, levels[step], levels[step + 1])
+            step_ms.append(self._clock() - clock)
+            if on_step is not None:
+                on_step(step + 1, steps)
+        clock = self._clock()
+        pixels = self._decode(state)
+        decode_ms = self._clock() - clock
+        return Result(
+            images=[Image.fromarray(picture) for picture in pixels],
+            seeds=seeds,
+            timings_ms=Timings(
+                load=self._load_ms - loaded,
+                text_encoders=text_ms,
+                transformer=sum(step_ms),
+                vae_decoder=decode_ms,
+                steps=step_ms,
+                total=_milliseconds_since(start),
+            ),
+            variant=self.variant,
+        )
+
+    def _encode(self, prompts: list[str]) -> tuple[Floats, Floats]:
+        """Return hidden states [B, T, D] and pooled projections [B, D] of both encoders together."""
+        manifest = self.bundle.manifest
+        hidden, pooled = [], []
+        for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+            outputs = self._run(encoder, input_ids=self._tokens(tokenizer, prompts))
+            hidden.append(outputs["hidden_states"])
+            pooled.append(outputs["pooled"])
+        clip = np.concatenate(hidden, axis=-1)
+        # As wide as the third encoder's states, which stand behind the others: all zero, for it is not there.
+        width, num_zeros = manifest.architecture.joint_attention_dim, manifest.defaults.max_sequence_length
+        padded = np.zeros((clip.shape[0], clip.shape[1] + num_zeros, width), np.float32)
+        padded[:, : clip.shape[1], : clip.shape[2]] = clip
+        return padded, np.concatenate(pooled, axis=-1)
+
+    def _tokens(self, name: str, prompts: list[str]) -> NDArray[np.int64]:
+        """Return token ids [B, max_length]; a prompt that is too long is cut, its end token kept."""
+        entry = self.bundle.manifest.tokenizers[name]
+        tokenizer = self._tokenizer(name)
+        tokens = np.full((len(prompts), entry.max_length), entry.pad_id, np.int64)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            encoding = tokenizer.encode(prompt)
+            ids = encoding.ids
+            if len(ids) > entry.max_length:
+                kept = entry.max_length - 1
+                logger.warning(
+                    "The prompt is longer than the %d tokens the model reads, so this was left out: %r",
+                    entry.max_length,
+                    prompt[encoding.offsets[kept][0] :],
+                )
+                ids = [*ids[:kept], ids[-1]]
+            row[: len(ids)] = ids
+        return tokens
+
+    def _velocity(
+        self,
+        state: Floats,
+        timestep: np.float32,
+        hidden: Floats,
+        pooled: Floats,
+        guidance_scale: float | None,
+    ) -> Floats:
+        """Return the (guided) velocity [B, C, H, W]; None makes a single pass without guidance."""
+        batch = state if guidance_scale is None else np.concatenate([state, state])
+        velocity = self._run(
+            "transformer",
+            hidden_states=batch,
+            timestep=np.full(len(batch), timestep, np.float32),
+            encoder_hidden_states=hidden,
+            pooled_projections=pooled,
+        )["velocity"]
+        if guidance_scale is None:
+            return velocity
+        negative, positive = np.split(velocity, 2)
+        return negative + guidance_scale * (positive - negative)
+
+    def _decode(self, state: Floats) -> NDArray[np.uint8]:
+        """Return pictures [B, height, width, 3] of the final latents."""
+        architecture = self.bundle.manifest.architecture
+        scaled = state / architecture.scaling_factor + architecture.shift_factor
+        pictures = []
+        for index in range(len(scaled)):  # one by one: the decoder is where memory peaks
+            image = self._run("vae_decoder", latents=scaled[index : index + 1])["image"][0]
+            if not np.isfinite(image).all():
+                raise DeployError(
+                    f"The decoder gave values that are not finite for picture {index + 1}, so it is no "
+                    "picture. Export the bundle again."
+                )
+            unit = np.clip(image * 0.5 + 0.5, 0, 1).transpose(1, 2, 0)
+            picture = (unit * 255).round().astype(np.uint8)
+            if (picture == picture[0, 0]).all():
+                raise DeployError(
+                    f"Picture {index + 1} is one flat colour, {picture[0, 0].tolist()}: the model has "
+                    "collapsed. Try another target, or check the exported model."
+                )
+            pictures.append(picture)
+        return np.stack(pictures)
+
+    def _run(self, component: str, **inputs: NDArray[Any]) -> dict[str, Floats]:
+        outputs = self._session(component).run(inputs)
+        return {name: array.astype(np.float32, copy=False) for name, array in outputs.items()}
+
+    def _session(self, component: str) -> Session | EngineSession:
+        if component not in self._sessions:
+            start = time.perf_counter()
+            if component == "transformer":
+                session = open_variant(self.bundle, self.variant, threads=self._threads)
+            else:
+                graphs = self.bundle.manifest.graphs[component]
+                graph = next((graph for graph in graphs if graph.activations == "float32"), graphs[0])
+                session = Session(self.bundle.file(graph.path), threads=self._threads)
+            self._sessions[component] = session
+            self._load_ms += _milliseconds_since(start)
+        return self._sessions[component]
+
+    def _tokenizer(self, name: str) -> Tokenizer:
+        if name not in self._tokenizers:
+            start = time.perf_counter()
+            path = self.bundle.file(self.bundle.manifest.tokenizers[name].path)
+            try:
+                tokenizer = Tokenizer.from_file(str(path))
+            except Exception as error:  # the library raises bare Exception
+                raise DeployError(f"{path} is not a tokenizer: {error}. Export the bundle again.") from error
+            # The file may carry settings of its own; the manifest's are the ones that count.
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            self._tokenizers[name] = tokenizer
+            self._load_ms += _milliseconds_since(start)
+        return self._tokenizers[name]
+
+    def _clock(self) -> float:
+        """Return a time in milliseconds that stands still while parts are loaded."""
+        return 1000 * time.perf_counter() - self._load_ms
+
+    def _check_size(self, **sizes: int) -> None:
+        architecture = self.bundle.manifest.architecture
+        unit = architecture.vae_scale_factor * architecture.patch_size
+        most = architecture.max_latent_size * architecture.vae_scale_factor // unit * unit
+        for name, size in sizes.items():
+            if size % unit or not unit <= size <= most:
+                nearest = min(max(round(size / unit), 1), most // unit) * unit
+                raise DeployError(
+                    f"This model cannot make a picture of {name} {size}: it takes multiples of {unit} from "
+                    f"{unit} to {most}. The nearest is {nearest}."
+                )
+
+
+def save_png(images: Sequence[Image.Image], path: str | PathLike[str]) -> None:
+    """Write pictures of one size side by side into one PNG file.
+
+    Raises:
+        DeployError: The file cannot be written.
+    """
+    width, height = images[0].size
+    strip = Image.new("RGB", (width * len(images), height))
+    for index, image in enumerate(images):
+        strip.paste(image, (index * width, 0))
+    try:
+        strip.save(path, format="PNG")
+    except OSError as error:
+        raise DeployError(f"Cannot write the picture {path}: {error.strerror or error}.") from error
+
+
+def _prompts(name: str, given: str | Sequence[str], count: int | None = None) -> list[str]:
+    """Return a list of prompts, a single one repeated `count` times."""
+    prompts = [given] * (count or 1) if isinstance(given, str) else list(given)
+    if not prompts or (count is not None and len(prompts) != count):
+        wanted = f"one for each of the {count} prompts" if count else "one at least"
+        raise DeployError(f"{name} has {len(prompts)} entries; give {wanted}.")
+    return prompts
+
+
+def _noise(seeds: list[int], shape: tuple[int, ...]) -> Floats:
+    if seeds[0] < 0:
+        raise DeployError(f"seed must not be negative, not {seeds[0]}.")
+    return np.stack([np.random.default_rng(seed).standard_normal(shape[1:], np.float32) for seed in seeds])
+
+
+def _checked_latents(latents: Floats, shape: tuple[int, ...]) -> Floats:
+    if latents.shape != shape:
+        raise DeployError(f"latents have the shape {list(latents.shape)}; this call needs {list(shape)}.")
+    return latents.astype(np.float32, copy=False)
+
+
+def _milliseconds_since(start: float) -> float:
+    return 1000 * (time.perf_counter() - start)

@@ -1,0 +1,225 @@
+"""One call over what runs a graph on a device, and the choice of it: onnxruntime, or an engine for a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deploy.bundle import Bundle, Variant
+from deploy.errors import DeployError, extra
+
+with extra("edge"):
+    import numpy as np
+    import onnxruntime
+    from numpy.typing import NDArray
+
+__all__ = ["EngineSession", "Session", "choose_variant", "gpu_compute_capability", "open_variant"]
+
+Array = NDArray[Any]
+
+CPU = ("CPUExecutionProvider",)
+
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+
+
+class Session:
+    """An ONNX graph in onnxruntime. Floating-point inputs are cast to the graph's own type."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        providers: tuple[str, ...] = CPU,
+        threads: int | None = None,
+    ) -> None:
+        """Load a graph, with its external weights from beside it.
+
+        Args:
+            providers: onnxruntime's execution providers, all of which have to be there.
+            threads: Of one operator; None takes one for every core.
+
+        Raises:
+            DeployError: A provider is not there or did not start, or the graph cannot be loaded.
+        """
+        self.path = Path(path)
+        if threads is not None and threads < 1:
+            raise DeployError(f"A session takes one thread at least, not {threads}.")
+        available = onnxruntime.get_available_providers()
+        if absent := [provider for provider in providers if provider not in available]:
+            raise DeployError(
+                f"onnxruntime {onnxruntime.__version__} has no {', '.join(absent)} here, "
+                f"only {', '.join(available)}. Install the onnxruntime package that brings it."
+            )
+        options = onnxruntime.SessionOptions()
+        # Zero is onnxruntime's own word for one thread per core. Operators run one after another: the graphs
+        # are chains, so a second pool of threads would only take cores from the first.
+        options.intra_op_num_threads = threads or 0
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        # Blocked int4 weights become one fused operator at this level; below it they would be unpacked at
+        # every step.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        # What it warns of at load (initialisers nothing uses any more) is nothing a user can act on.
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(self.path, options, providers=list(providers))
+        except Exception as error:  # its exceptions have no public base class
+            raise DeployError(f"onnxruntime cannot load {self.path}: {_first_line(error)}") from error
+        # A provider that fails to start is left out with a line in the log, and everything runs on the CPU.
+        actual = self._session.get_providers()
+        if lost := [provider for provider in providers if provider not in actual]:
+            raise DeployError(
+                f"onnxruntime did not start {', '.join(lost)} for {self.path}; it would have run on "
+                f"{', '.join(actual)} instead. Check the device's driver and libraries."
+            )
+        self._session.disable_fallback()
+        self._dtypes = {node.name: _DTYPES[node.type] for node in self._session.get_inputs()}
+        self._outputs = [node.name for node in self._session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the graph once; returns its outputs by name, in the graph's own type.
+
+        Raises:
+            DeployError: onnxruntime refused the inputs or failed on them.
+        """
+        feeds = {name: array.astype(self._dtypes.get(name), copy=False) for name, array in inputs.items()}
+        try:
+            outputs = self._session.run(self._outputs, feeds)
+        except Exception as error:  # its exceptions have no public base class
+            raise DeployError(f"{self.path} did not run on {_shapes(feeds)}: {_first_line(error)}") from error
+        return dict(zip(self._outputs, outputs, strict=True))
+
+
+class EngineSession:
+    """A TensorRT-RTX engine, driven through Polygraphy's runner.
+
+    An engine runs on the GPU it was built for and nowhere else. No test executes one: tests cover how it is
+    refused, and the ONNX graph it was built from is what its pictures are checked with.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Load an engine onto the GPU; its first load compiles it for that GPU and takes a while.
+
+        Raises:
+            DeployError: The runtime is not installed, or does not take the engine.
+        """
+        self.path = Path(path)
+        # Polygraphy reads this once, when its configuration is imported.
+        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
+        with extra("rtx"):
+            import polygraphy.config
+            import tensorrt_rtx  # noqa: F401  Polygraphy loads it lazily, and would offer to install it
+            from polygraphy.backend.trt import EngineFromPath, TrtRunner
+        if not polygraphy.config.USE_TENSORRT_RTX:
+            raise DeployError(
+                "Polygraphy was imported for plain TensorRT before: set POLYGRAPHY_USE_TENSORRT_RTX=1."
+            )
+        self._runner = TrtRunner(EngineFromPath(str(self.path)))
+        try:
+            self._runner.activate()
+        except Exception as error:  # Polygraphy's, TensorRT's and the driver's have no base in common
+            raise DeployError(
+                f"TensorRT-RTX cannot load {self.path}: {_first_line(error)} "
+                "Check the driver, and that tensorrt-rtx has the version the bundle's manifest names."
+            ) from error
+        metadata = self._runner.get_input_metadata(use_numpy_dtypes=True)
+        self._dtypes = {name: np.dtype(entry.dtype) for name, entry in metadata.items()}
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the engine once, as `Session.run`."""
+        feeds = {name: np.ascontiguousarray(array, self._dtypes.get(name)) for name, array in inputs.items()}
+        try:
+            outputs = self._runner.infer(feeds)
+        except Exception as error:  # as above
+            raise DeployError(
+                f"{self.path} did not run on {_shapes(feeds)}: {_first_line(error)} "
+                "An engine takes only the sizes and batches that its device profile names."
+            ) from error
+        # The runner's buffers are overwritten by the next call.
+        return {name: np.array(array) for name, array in outputs.items()}
+
+
+def open_variant(bundle: Bundle, variant: Variant, *, threads: int | None = None) -> Session | EngineSession:
+    """Open the transformer as the variant runs it."""
+    path = bundle.file(variant.path)
+    return Session(path, threads=threads) if variant.runtime == "onnxruntime" else EngineSession(path)
+
+
+def choose_variant(bundle: Bundle, requested: str | None) -> tuple[Variant, list[str]]:
+    """Choose how the transformer runs on this machine, and say why.
+
+    A variant requested by its target's name is taken or refused. Otherwise it is the first engine that this
+    machine can run, and without one the first that onnxruntime runs.
+
+    Raises:
+        DeployError: The requested variant is not in the bundle or cannot run here, or none can.
+    """
+    variants = bundle.manifest.variants
+    targets = ", ".join(variant.target for variant in variants)
+    if requested is not None:
+        named = [variant for variant in variants if variant.target == requested]
+        if not named:
+            raise DeployError(
+                f"{bundle.path} has no variant for {requested!r}, only for {targets}. "
+                f"Choose one of these, or export again with --target {requested}."
+            )
+        if obstacle := _obstacle(named[0]):
+            raise DeployError(
+                f"The variant for {requested!r} cannot run here: {obstacle}. "
+                "Run it on that device, or leave the target out to take what runs here."
+            )
+        return named[0], [f"{requested}: requested"]
+    reasons: list[str] = []
+    for variant in sorted(variants, key=lambda variant: variant.runtime == "onnxruntime"):
+        obstacle = _obstacle(variant)
+        if obstacle is None:
+            on = "onnxruntime" if variant.runtime == "onnxruntime" else "the GPU it was built for"
+            return variant, [*reasons, f"{variant.target}: runs here on {on}"]
+        reasons.append(f"{variant.target}: passed over, {obstacle}")
+    raise DeployError(
+        f"No variant of {bundle.path} can run here ({'; '.join(reasons)}). "
+        "Export again with --target cpu-x86 as well, or run it on its device."
+    )
+
+
+def gpu_compute_capability() -> str | None:
+    """Return the compute capability of the first visible CUDA GPU, as in "8.9"; None where there is none."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return None
+    device, value = ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGet(ctypes.byref(device), 0) != 0:
+        return None
+    numbers = []
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device) != 0:
+            return None
+        numbers.append(str(value.value))
+    return ".".join(numbers)
+
+
+def _obstacle(variant: Variant) -> str | None:
+    """Return what keeps a variant from running on this machine."""
+    if variant.runtime == "onnxruntime":
+        return None
+    found = gpu_compute_capability()
+    if found is None:
+        return f"its engine needs a GPU of compute capability {variant.compute_capability}, and there is none"
+    if found != variant.compute_capability:
+        return f"its engine is for compute capability {variant.compute_capability}, and this GPU has {found}"
+    for module in ("tensorrt_rtx", "polygraphy"):
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed (pip install 'hptool[rtx]')"
+    return None
+
+
+def _shapes(feeds: Mapping[str, Array]) -> str:
+    return ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,1 @@
+"""Target devices: one TOML file each, and the typed loader."""

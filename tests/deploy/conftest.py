@@ -1,0 +1,227 @@
+"""A bundle of hand-made graphs: every part of the pipeline, small enough to compute by hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from transformers import CLIPTokenizer
+
+from deploy.bundle import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Architecture,
+    Defaults,
+    File,
+    Graph,
+    Manifest,
+    Provenance,
+    Scheduler,
+    Tokenizer,
+    Variant,
+    manifest_to_json,
+)
+from toolchain.shapes.model import build_tokenizer
+
+MakeBundle = Callable[..., Path]
+
+NUM_TOKENS = 16
+WIDTHS = {"text_encoder": 3, "text_encoder_2": 5}
+CHANNELS = 4
+
+CPU = Variant(
+    target="cpu-x86",
+    runtime="onnxruntime",
+    path="transformer/model.onnx",
+    activations="float32",
+    compute_capability=None,
+)
+ENGINE = Variant(
+    target="rtx4090",
+    runtime="tensorrt-rtx",
+    path="engines/rtx4090/transformer.engine",
+    activations="float16",
+    compute_capability="8.9",
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> CLIPTokenizer:
+    """What the bundle's `tokenizer.json` is saved from."""
+    return build_tokenizer(NUM_TOKENS)
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) -> Path:
+    """The files that all bundles of the tests share."""
+    root = tmp_path_factory.mktemp("parts")
+    for name in ("tokenizer", "tokenizer_2"):
+        (root / name).mkdir()
+        tokenizer.backend_tokenizer.save(str(root / name / "tokenizer.json"))
+    for name, width in WIDTHS.items():
+        _save(root, name, _text_encoder(len(tokenizer), width))
+    _save(root, "transformer", _transformer())
+    _save(root, "vae_decoder", _vae_decoder())
+    engine = root / ENGINE.path
+    engine.parent.mkdir(parents=True)
+    engine.write_bytes(b"no engine")
+    return root
+
+
+@pytest.fixture
+def make_bundle(parts: Path, tmp_path: Path) -> MakeBundle:
+    """Write a bundle; `edit` changes files before they are listed, options replace fields of the manifest."""
+
+    def make(edit: Callable[[Path], None] | None = None, **changes: Any) -> Path:
+        path = tmp_path / "bundle"
+        shutil.copytree(parts, path)
+        if edit is not None:
+            edit(path)
+        files = {
+            file.relative_to(path).as_posix(): File(
+                sha256=hashlib.sha256(file.read_bytes()).hexdigest(), bytes=file.stat().st_size
+            )
+            for file in sorted(path.rglob("*"))
+            if file.is_file()
+        }
+        manifest = replace(_manifest(files), **changes)
+        (path / MANIFEST).write_text(json.dumps(manifest_to_json(manifest)))
+        return path
+
+    return make
+
+
+def _manifest(files: dict[str, File]) -> Manifest:
+    components = ("transformer", "vae_decoder", *WIDTHS)
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        architecture=Architecture(
+            family="sd3",
+            latent_channels=CHANNELS,
+            vae_scale_factor=8,
+            patch_size=2,
+            max_latent_size=16,
+            scaling_factor=1.5,
+            shift_factor=0.25,
+            joint_attention_dim=10,
+        ),
+        scheduler=Scheduler(
+            num_train_timesteps=1000,
+            shift=3.0,
+            use_dynamic_shifting=False,
+            base_shift=0.5,
+            max_shift=1.15,
+            base_image_seq_len=256,
+            max_image_seq_len=4096,
+            time_shift_type="exponential",
+        ),
+        defaults=Defaults(
+            num_inference_steps=4, guidance_scale=3.0, max_sequence_length=7, height=64, width=64
+        ),
+        tokenizers={
+            name: Tokenizer(path=f"{name}/tokenizer.json", max_length=NUM_TOKENS, pad_id=3)
+            for name in ("tokenizer", "tokenizer_2")
+        },
+        graphs={
+            name: [Graph(path=f"{name}/model.onnx", activations="float32", weights="float32")]
+            for name in components
+        },
+        variants=[ENGINE, CPU],
+        provenance=Provenance(model="hand-made", base_model=None, license=None, plan_sha256=None, tools={}),
+        files=files,
+    )
+
+
+def _save(root: Path, name: str, model: onnx.ModelProto) -> None:
+    (root / name).mkdir()
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, str(root / name / "model.onnx"))
+
+
+def _model(
+    nodes: list[onnx.NodeProto],
+    inputs: dict[str, list[Any]],
+    outputs: dict[str, list[Any]],
+    constants: dict[str, np.ndarray],
+) -> onnx.ModelProto:
+    kinds = {"input_ids": TensorProto.INT64}
+
+    def infos(names: dict[str, list[Any]]) -> list[onnx.ValueInfoProto]:
+        return [
+            helper.make_tensor_value_info(name, kinds.get(name, TensorProto.FLOAT), shape)
+            for name, shape in names.items()
+        ]
+
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        infos(inputs),
+        infos(outputs),
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def _text_encoder(vocabulary: int, width: int) -> onnx.ModelProto:
+    """Hidden states are rows of a table; pooled is their mean."""
+    table = np.random.default_rng(width).standard_normal((vocabulary, width), np.float32)
+    return _model(
+        [
+            helper.make_node("Gather", ["table", "input_ids"], ["hidden_states"], axis=0),
+            helper.make_node("ReduceMean", ["hidden_states", "token_axis"], ["pooled"], keepdims=0),
+        ],
+        {"input_ids": ["batch", "length"]},
+        {"hidden_states": ["batch", "length", width], "pooled": ["batch", width]},
+        {"table": table, "token_axis": np.array([1])},
+    )
+
+
+def _transformer() -> onnx.ModelProto:
+    """velocity = hidden_states * (timestep / 1000 - sum(text) / 30 - sum(pooled) / 10)"""
+    return _model(
+        [
+            helper.make_node("ReduceSum", ["encoder_hidden_states", "all_axes"], ["text"], keepdims=0),
+            helper.make_node("ReduceSum", ["pooled_projections", "one_axis"], ["pooled"], keepdims=0),
+            helper.make_node("Div", ["timestep", "thousand"], ["time"]),
+            helper.make_node("Div", ["text", "thirty"], ["text_part"]),
+            helper.make_node("Div", ["pooled", "ten"], ["pooled_part"]),
+            helper.make_node("Sub", ["time", "text_part"], ["without_pooled"]),
+            helper.make_node("Sub", ["without_pooled", "pooled_part"], ["factor"]),
+            helper.make_node("Reshape", ["factor", "column"], ["factor_BCHW"]),
+            helper.make_node("Mul", ["hidden_states", "factor_BCHW"], ["velocity"]),
+        ],
+        {
+            "hidden_states": ["batch", CHANNELS, "height", "width"],
+            "timestep": ["batch"],
+            "encoder_hidden_states": ["batch", "tokens", 10],
+            "pooled_projections": ["batch", 8],
+        },
+        {"velocity": ["batch", CHANNELS, "height", "width"]},
+        {
+            "all_axes": np.array([1, 2]),
+            "one_axis": np.array([1]),
+            "column": np.array([-1, 1, 1, 1]),
+            "thousand": np.array(1000, np.float32),
+            "thirty": np.array(30, np.float32),
+            "ten": np.array(10, np.float32),
+        },
+    )
+
+
+def _vae_decoder() -> onnx.ModelProto:
+    kernel = np.random.default_rng(0).standard_normal((CHANNELS, 3, 8, 8), np.float32) / 4
+    return _model(
+        [helper.make_node("ConvTranspose", ["latents", "kernel"], ["image"], strides=[8, 8])],
+        {"latents": ["batch", CHANNELS, "height", "width"]},
+        {"image": ["batch", 3, "picture_height", "picture_width"]},
+        {"kernel": kernel},
+    )
