@@ -110,6 +110,7 @@ class EdgePipeline:
         num_images: int = 1,
         seed: int = 0,
         latents: Floats | None = None,
+        allow_flat: bool = False,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Result:
         """Make `num_images` pictures of each prompt. What is left out comes from the bundle's defaults.
@@ -121,6 +122,8 @@ class EdgePipeline:
             seed: Of the first picture; each next one takes the number after, so that any picture of a call
                 can be made again alone. The noise is numpy's, which is not torch's for the same seed.
             latents: Initial noise [B, C, H, W] to take instead.
+            allow_flat: Whether a picture of a single colour is a result, as it is to whoever measures
+                quality, and not an error.
             on_step: Called after each step with how many are done, and of how many.
 
         Raises:
@@ -171,6 +174,12 @@ class EdgePipeline:
         clock = self._clock()
         pixels = self._decode(state)
         decode_ms = self._clock() - clock
+        for index, picture in enumerate(pixels):
+            if not allow_flat and (picture == picture[0, 0]).all():
+                raise DeployError(
+                    f"Picture {index + 1} is one flat colour, {picture[0, 0].tolist()}: the model has "
+                    "collapsed. Try another target, or check the exported model."
+                )
         return Result(
             images=[Image.fromarray(picture) for picture in pixels],
             seeds=seeds,
@@ -184,6 +193,22 @@ class EdgePipeline:
             ),
             variant=self.variant,
         )
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of a picture of the default size."""
+        architecture, defaults = self.bundle.manifest.architecture, self.bundle.manifest.defaults
+        factor = architecture.vae_scale_factor
+        return architecture.latent_channels, defaults.height // factor, defaults.width // factor
+
+    def paint(self, prompts: list[str], noise: Floats) -> NDArray[np.uint8]:
+        """Make one picture of each prompt at the default settings, from initial noise [B, C, H, W].
+
+        Returns:
+            Pictures [B, height, width, 3], flat ones too: for measuring quality.
+        """
+        images = self(prompts, latents=noise, allow_flat=True).images
+        return np.stack([np.asarray(image) for image in images])
 
     def _encode(self, prompts: list[str]) -> tuple[Floats, Floats]:
         """Return hidden states [B, T, D] and pooled projections [B, D] of both encoders together."""
@@ -255,11 +280,6 @@ class EdgePipeline:
                 )
             unit = np.clip(image * 0.5 + 0.5, 0, 1).transpose(1, 2, 0)
             picture = (unit * 255).round().astype(np.uint8)
-            if (picture == picture[0, 0]).all():
-                raise DeployError(
-                    f"Picture {index + 1} is one flat colour, {picture[0, 0].tolist()}: the model has "
-                    "collapsed. Try another target, or check the exported model."
-                )
             pictures.append(picture)
         return np.stack(pictures)
 

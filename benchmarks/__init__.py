@@ -1,0 +1,1 @@
+"""Measurements and demonstrations; every number in the documents comes from a command here."""

@@ -1,0 +1,169 @@
+"""The end of `make demo`: what compression did to the built-in model, as a table and as pictures."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+
+from deploy.pipeline import EdgePipeline
+from toolchain.artifacts import read_json, write_json
+from toolchain.compress import PLAN_FILE, REPORT_FILE
+from toolchain.evaluate import Painter, evaluate_shapes
+from toolchain.families import Model, open_model
+from toolchain.plan import plan_from_json
+from toolchain.prune import prune
+
+PROMPTS = [
+    "a red circle",
+    "a circle and a square",
+    "three yellow triangles",
+    "a purple square",
+    "a blue square left of a red triangle",
+    "a green triangle above a black circle",
+    "a yellow circle and a blue triangle",
+    "four black squares",
+]
+_REPEATS = 20
+
+
+def main(directory: Path = Path("demo")) -> None:
+    """Compare original, pruned, distilled and INT4 models; writes `table.json` and `grid.png`."""
+    report = read_json(directory / "student" / REPORT_FILE)
+    recipe = report["recipe"]
+    plan = plan_from_json(read_json(directory / "student" / PLAN_FILE))
+    original, distilled = open_model(report["model"]), open_model(str(directory / "student"))
+    edge = EdgePipeline.open(directory / "bundle", target="cpu-x86")
+    painters: dict[str, Painter] = {
+        "original": original,
+        "pruned": prune(original, plan),
+        "distilled": distilled,
+        "distilled, INT4 on onnxruntime": edge,
+    }
+    rows = []
+    for stage, (name, model) in zip(report["stages"], painters.items(), strict=False):
+        assert isinstance(model, Model)
+        rows.append(
+            {
+                "model": name,
+                "parameters": stage["num_parameters"],
+                "transformer_bytes": stage["transformer_bytes"],
+                "score": stage["score"]["mean"],
+                "standard_error": stage["score"]["standard_error"],
+                "ms_per_step": _torch_step_ms(model),
+            }
+        )
+    score = evaluate_shapes(edge, num_per_task=recipe["captions_per_task"], seed=recipe["seed"])
+    rows.append(
+        {
+            "model": "distilled, INT4 on onnxruntime",
+            "parameters": rows[-1]["parameters"],
+            "transformer_bytes": _transformer_bytes(edge),
+            "score": score.mean,
+            "standard_error": score.standard_error,
+            "ms_per_step": _edge_step_ms(edge),
+        }
+    )
+    machine = {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+    table = {"schema_version": 1, "captions_per_task": score.num_per_task, "machine": machine, "rows": rows}
+    write_json(directory / "table.json", table)
+    _grid(painters).save(directory / "grid.png")
+    _show(rows, machine, directory)
+
+
+def _torch_step_ms(model: Model) -> float:
+    """Median of one guided sampling step of one picture, in float32."""
+    noise = np.zeros((1, *model.latent_shape), dtype=np.float32)
+    transformer = model.pipeline.transformer
+    marks: list[float] = []
+    hook = transformer.register_forward_pre_hook(lambda *_: marks.append(time.perf_counter()))
+    after = transformer.register_forward_hook(lambda *_: marks.append(time.perf_counter()))
+    model.paint(["a red circle"], noise)
+    model.paint(["a red circle"], noise)
+    hook.remove()
+    after.remove()
+    times = [end - start for start, end in zip(marks[::2], marks[1::2], strict=True)]
+    return 1000 * statistics.median(times[-_REPEATS:])
+
+
+def _edge_step_ms(edge: EdgePipeline) -> float:
+    """The same through onnxruntime."""
+    edge("a red circle")
+    return statistics.median(edge("a red circle").timings_ms["steps"])
+
+
+def _transformer_bytes(edge: EdgePipeline) -> int:
+    """Bytes of the files that the variant in use reads for its transformer."""
+    files = edge.bundle.manifest.files
+    return sum(files[name].bytes for name in (edge.variant.path, "transformer/weights.data"))
+
+
+def _grid(painters: dict[str, Painter], scale: int = 2) -> Image.Image:
+    """One row a model, one column a prompt, the same noise down each column."""
+    shape = next(iter(painters.values())).latent_shape
+    noise = np.random.default_rng(0).standard_normal((len(PROMPTS), *shape), dtype=np.float32)
+    font = ImageFont.load_default(size=13)
+    size, gap, head, side = 64 * scale, 6, 52, 120
+    width = side + len(PROMPTS) * (size + gap)
+    grid = Image.new("RGB", (width, head + len(painters) * (size + gap)), "white")
+    draw = ImageDraw.Draw(grid)
+    for column, prompt in enumerate(PROMPTS):
+        draw.multiline_text((side + column * (size + gap), 4), _wrap(prompt, 18), fill="black", font=font)
+    for row, (name, painter) in enumerate(painters.items()):
+        top = head + row * (size + gap)
+        draw.multiline_text((4, top + size // 3), _wrap(name, 15), fill="black", font=font)
+        for column, picture in enumerate(painter.paint(PROMPTS, noise)):
+            tile = Image.fromarray(picture).resize((size, size), Image.Resampling.NEAREST)
+            grid.paste(tile, (side + column * (size + gap), top))
+    return grid
+
+
+def _wrap(text: str, width: int) -> str:
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _show(rows: list[dict[str, object]], machine: dict[str, object], directory: Path) -> None:
+    first = rows[0]
+    table = Table(title=f"{machine['processor']}, {machine['threads']} threads")
+    for heading in ("model", "parameters", "transformer MB", "ShapesEval", "ms per step"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for row in rows:
+        size = float(str(row["transformer_bytes"]))
+        table.add_row(
+            str(row["model"]),
+            f"{row['parameters']:,}",
+            f"{size / 1e6:.2f} ({size / float(str(first['transformer_bytes'])):.2f})",
+            f"{row['score']:.3f} ± {row['standard_error']:.3f}",
+            f"{row['ms_per_step']:.1f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"Pictures: {directory / 'grid.png'}   Numbers: {directory / 'table.json'}")
+
+
+if __name__ == "__main__":
+    main()

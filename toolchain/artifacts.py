@@ -1,0 +1,85 @@
+"""How artefacts reach the disk and come back: whole or not at all, and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import ToolchainError
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Make a directory appear at once: yields a hidden sibling that is renamed to `path` on success.
+
+    On any error the sibling is removed and `path` is as it was.
+
+    Raises:
+        ToolchainError: `path` holds something already, or its parent cannot be written.
+    """
+    check_new_directory(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise ToolchainError(f"cannot write {path}: {error.strerror}; choose another --output") from error
+    try:
+        beside.chmod(0o755)  # mkdtemp makes it private
+        yield beside
+        beside.replace(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_new_directory(path: Path) -> None:
+    """Refuse, before any work is done, an output directory that could not be written at its end.
+
+    Raises:
+        ToolchainError: `path` holds something already, or no directory above it can be written.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        raise ToolchainError(f"output {path} is not empty; choose another --output or remove it first")
+    if path.exists() and not path.is_dir():
+        raise ToolchainError(f"output {path} is a file; choose another --output or remove it first")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise ToolchainError(f"cannot write {path}: {parent} is not writable; choose another --output")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, beside and renamed."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ToolchainError: The file is missing, is no JSON, or is not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ToolchainError(f"{path} does not exist") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ToolchainError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ToolchainError(f"{path} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

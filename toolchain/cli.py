@@ -1,0 +1,292 @@
+"""The `hptool` command: every command is a typed signature, one call and one rendered result."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from deploy.errors import DeployError
+from export.errors import ExportError
+from profiles.schema import ProfileError
+from toolchain.errors import ToolchainError
+
+if TYPE_CHECKING:
+    from toolchain.compress import Outcome
+    from toolchain.evaluate import ShapesScore
+
+app = typer.Typer(
+    help="Make a text-to-image diffusion transformer small enough for your device, and run it there.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_console = Console(stderr=True)
+
+# What a missing import means to a user: the extra that brings it.
+_EXTRA_OF = {
+    **dict.fromkeys(("torch", "diffusers", "transformers", "accelerate", "safetensors", "scipy"), "compress"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnx_ir", "nncf", "polygraphy"), "export"),
+    **dict.fromkeys(("onnxruntime", "tokenizers", "PIL", "numpy"), "edge"),
+    "tensorrt_rtx": "rtx",
+}
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.", min=0)]
+
+
+@app.command()
+def compress(
+    model: Annotated[
+        str, typer.Argument(help="`shapes`, a directory of a diffusers pipeline, or a hub id owner/name.")
+    ] = "shapes",
+    ratio: Annotated[float, typer.Option(help="Share of the transformer's parameters to remove.")] = 0.25,
+    steps: Annotated[int, typer.Option(help="Steps of distillation.", min=0)] = 300,
+    seed: Seed = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory to write the student to.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file with a prompt a line to distil on; needed for any model but `shapes`."),
+    ] = None,
+    per_task: Annotated[
+        int, typer.Option(help="Held-out captions per ShapesEval task; 0 skips the scores.", min=0)
+    ] = 40,
+    as_json: Json = False,
+) -> None:
+    """Prune a model's least needed blocks and teach the rest to do without them."""
+    from toolchain.compress import Recipe, compress_model
+
+    recipe = Recipe(ratio=ratio, steps=steps, seed=seed, captions_per_task=per_task)
+    student = output or Path(f"{Path(model).name}-student")
+    with _bars() as bar:
+        outcome = compress_model(model, recipe, student, prompts=prompts, bar=bar)
+    _remember(student=student)
+    _emit(asdict(outcome), as_json, lambda: _show_outcome(outcome, student))
+
+
+@app.command()
+def export(
+    student: Annotated[
+        str | None, typer.Argument(help="Model to export; default: what `compress` wrote last here.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="Device profile; may repeat.")
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Bits of the transformer's weights: 4, 16 or 32.")] = 4,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory to write the bundle to.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Lower a model to ONNX with INT4 weights, build engines, and bundle it all for a device."""
+    from profiles.schema import load_profile
+
+    targets = [load_profile(name) for name in dict.fromkeys(target or ["cpu-x86"])]
+    source = student or _remembered_student()
+    bundle_path = output or Path(Path(source).name.removesuffix("-student") + "-bundle")
+
+    from toolchain.artifacts import check_new_directory
+
+    check_new_directory(bundle_path)
+
+    from export.bundle import export_bundle
+    from toolchain.families import open_model
+
+    with _console.status("opening the model") as status:
+        bundle = export_bundle(
+            open_model(source), targets=targets, output=bundle_path, bits=bits, progress=status.update
+        )
+    files = {name: entry.bytes for name, entry in bundle.manifest.files.items()}
+    variants = [asdict(variant) for variant in bundle.manifest.variants]
+
+    def show() -> None:
+        table = Table("file", "MB", title=f"bundle {bundle_path}")
+        for name, size in files.items():
+            table.add_row(name, f"{size / 1e6:.2f}")
+        print_(table)
+        print_(f"Run it:  hptool run {bundle_path} 'a red circle left of a blue square' -o out.png")
+
+    _emit({"bundle": str(bundle_path), "files": files, "variants": variants}, as_json, show)
+
+
+@app.command()
+def run(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    prompt: Annotated[str, typer.Argument(help="What to paint.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.")] = Path("out.png"),
+    negative_prompt: Annotated[str, typer.Option(help="What not to paint.")] = "",
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.", min=1)] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less is none.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    count: Annotated[int, typer.Option("--num-images", "-n", help="Pictures, side by side.", min=1)] = 1,
+    seed: Seed = 0,
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="Variant to run; default: the best that runs here.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Paint a picture with a bundle; needs only the `edge` extra."""
+    from deploy.pipeline import EdgePipeline
+
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise DeployError(f"cannot write {output}: it is a directory or lies in none; choose another -o")
+    pipeline = EdgePipeline.open(bundle, target=target)
+    with _bars() as bar:
+        advance = bar("sampling", steps or pipeline.bundle.manifest.defaults.num_inference_steps)
+        result = pipeline(
+            prompt,
+            negative_prompt=negative_prompt,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+            num_images=count,
+            seed=seed,
+            on_step=lambda *_: advance(),
+        )
+    from deploy.pipeline import save_png
+
+    save_png(result.images, output)
+    facts = {"output": str(output), "variant": asdict(result.variant), "timings_ms": result.timings_ms}
+    _emit(facts, as_json, lambda: print_(f"{output}  ({result.variant.target}, {result.variant.runtime})"))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A bundle directory, or a model as for `compress`.")],
+    per_task: Annotated[int, typer.Option(help="Held-out captions per task.", min=1)] = 100,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Score a bundle or a model of the `shapes` world with ShapesEval."""
+    from deploy.bundle import MANIFEST
+    from toolchain.evaluate import Painter, evaluate_shapes, num_batches
+
+    painter: Painter
+    if (Path(model) / MANIFEST).exists():
+        from deploy.pipeline import EdgePipeline
+
+        painter = EdgePipeline.open(model)
+    else:
+        from toolchain.families import open_model
+
+        opened = open_model(model)
+        if opened.world is None:
+            raise ToolchainError(f"{model} is not a model of the shapes world, which ShapesEval is about")
+        painter = opened
+    with _bars() as bar:
+        advance = bar("ShapesEval", num_batches(per_task))
+        score = evaluate_shapes(painter, num_per_task=per_task, seed=seed, on_batch=advance)
+    _emit(asdict(score), as_json, lambda: _show_score(model, score))
+
+
+def main() -> None:
+    """Run the command line; the user's errors end in one message and exit code 2."""
+    try:
+        app()
+    except (ToolchainError, ExportError, DeployError, ProfileError) as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRA_OF:
+            raise
+        extra = _EXTRA_OF[package]
+        _fail(f"this command needs {package}, which is not installed: pip install 'hptool[{extra}]'")
+
+
+def print_(what: Any) -> None:
+    """Show a person something on standard output."""
+    Console(highlight=False).print(what)
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(2)
+
+
+def _emit(data: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
+    else:
+        show()
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int], Callable[..., None]]]:
+    """Progress bars on standard error: yields a function that adds one and returns how to advance it."""
+    columns = (
+        TextColumn("{task.description:<28}"),
+        *(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True)),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=_console) as progress:
+
+        def add(description: str, total: int) -> Callable[..., None]:
+            task = progress.add_task(description, total=total, note="")
+
+            def advance(*_: object, note: str = "") -> None:
+                progress.update(task, advance=1, note=note)
+
+            return advance
+
+        yield add
+
+
+_MEMORY = Path(".hptool.json")
+
+
+def _remember(*, student: Path) -> None:
+    from toolchain.artifacts import write_json
+
+    write_json(_MEMORY, {"schema_version": 1, "student": str(student)})
+
+
+def _remembered_student() -> str:
+    from toolchain.artifacts import read_json
+
+    if not _MEMORY.exists():
+        raise ToolchainError(
+            "nothing was compressed in this directory yet; run `hptool compress` first, or name the model"
+        )
+    return str(read_json(_MEMORY)["student"])
+
+
+def _show_outcome(outcome: Outcome, student: Path) -> None:
+    table = Table(title=f"{outcome.model}: blocks {', '.join(map(str, outcome.removed_blocks))} removed")
+    for heading in ("", "parameters", "transformer bytes", "velocity error", "ShapesEval"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for stage in outcome.stages:
+        table.add_row(
+            stage.name,
+            f"{stage.num_parameters:,}",
+            f"{stage.transformer_bytes:,}",
+            f"{stage.velocity_error:.4f}",
+            "-" if stage.score is None else f"{stage.score.mean:.3f} ± {stage.score.standard_error:.3f}",
+        )
+    print_(table)
+    print_(f"Student written to {student}.  Next:  hptool export --target cpu-x86")
+
+
+def _show_score(model: str, score: ShapesScore) -> None:
+    table = Table("task", "score", title=f"ShapesEval of {model}, {score.num_per_task} captions a task")
+    for task, value in score.tasks.items():
+        table.add_row(task, f"{value:.3f}")
+    table.add_row("mean", f"{score.mean:.3f} ± {score.standard_error:.3f}", style="bold")
+    print_(table)
+
+
+if __name__ == "__main__":
+    main()
