@@ -24,7 +24,7 @@ from toolchain.shapes import world
 # Generation settings that differ from the pipeline's own; written beside it and read by every command.
 # There is no T5, so there are no T5 tokens to pad with.
 GENERATION_DEFAULTS: dict[str, Any] = {
-    "num_inference_steps": 20,
+    "num_inference_steps": 12,
     "guidance_scale": 3.0,
     "max_sequence_length": 0,
     "height": world.IMAGE_SIZE,
