@@ -16,10 +16,10 @@ from rich.table import Table
 
 from deploy.pipeline import EdgePipeline
 from toolchain.artifacts import read_json, write_json
-from toolchain.compress import PLAN_FILE, REPORT_FILE
+from toolchain.compress import REPORT_FILE
 from toolchain.evaluate import Painter, evaluate_shapes
 from toolchain.families import Model, open_model
-from toolchain.plan import plan_from_json
+from toolchain.plan import PLAN_FILE, plan_from_json
 from toolchain.prune import prune
 
 PROMPTS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,7 +98,8 @@ def export(
     source = student or _remembered_student()
     bundle_path = output or Path(Path(source).name.removesuffix("-student") + "-bundle")
 
-    from toolchain.artifacts import check_new_directory
+    from toolchain.artifacts import check_new_directory, read_json, sha256
+    from toolchain.plan import PLAN_FILE, plan_from_json
 
     check_new_directory(bundle_path)
 
@@ -105,8 +107,16 @@ def export(
     from toolchain.families import open_model
 
     with _console.status("opening the model") as status:
+        model = open_model(source)
+        plan = model.path / PLAN_FILE
         bundle = export_bundle(
-            open_model(source), targets=targets, output=bundle_path, bits=bits, progress=status.update
+            model,
+            targets=targets,
+            output=bundle_path,
+            bits=bits,
+            progress=status.update,
+            plan_sha256=sha256(plan) if plan.exists() else None,
+            base_model=plan_from_json(read_json(plan)).model if plan.exists() else None,
         )
     files = {name: entry.bytes for name, entry in bundle.manifest.files.items()}
     variants = [asdict(variant) for variant in bundle.manifest.variants]
@@ -195,6 +205,9 @@ def evaluate(
 
 def main() -> None:
     """Run the command line; the user's errors end in one message and exit code 2."""
+    # What these libraries advise is meant for who calls them, and of no use to who types a command.
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         app()
     except (ToolchainError, ExportError, DeployError, ProfileError) as error:
@@ -251,7 +264,12 @@ _MEMORY = Path(".hptool.json")
 def _remember(*, student: Path) -> None:
     from toolchain.artifacts import write_json
 
-    write_json(_MEMORY, {"schema_version": 1, "student": str(student)})
+    try:
+        write_json(_MEMORY, {"schema_version": 1, "student": str(student)})
+    except OSError as error:
+        _console.print(
+            f"note: {_MEMORY} cannot be written here ({error.strerror}); name {student} to export it"
+        )
 
 
 def _remembered_student() -> str:

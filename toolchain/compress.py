@@ -22,7 +22,7 @@ from toolchain.trajectories import States, sample_states
 Bar = Callable[[str, int], Callable[..., None]]
 """Starts a progress bar of a name and a length, and returns what advances it."""
 
-PLAN_FILE, SENSITIVITY_FILE, REPORT_FILE = "plan.json", "sensitivity.json", "report.json"
+SENSITIVITY_FILE, REPORT_FILE = "sensitivity.json", "report.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ def compress_model(
     )
     with new_directory(output) as directory:
         save_model_(student, directory)
-        write_json(directory / PLAN_FILE, planning.to_json(plan))
+        write_json(directory / planning.PLAN_FILE, planning.to_json(plan))
         write_json(directory / SENSITIVITY_FILE, planning.to_json(sensitivity))
         report = {"schema_version": 1, "recipe": asdict(recipe), **asdict(outcome)}
         write_json(directory / REPORT_FILE, report)

@@ -16,6 +16,7 @@ from typing import Any
 
 from toolchain.errors import ToolchainError
 
+PLAN_FILE = "plan.json"
 SCHEMA_VERSION = 1
 
 

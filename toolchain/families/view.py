@@ -123,6 +123,11 @@ def save_model_(model: Model, path: Path) -> None:
     with _quiet():
         model.pipeline.to(model.stored_dtype)
         model.pipeline.save_pretrained(path, safe_serialization=True)
+    for config in (path / "model_index.json", *path.glob("*/config.json")):
+        # diffusers notes the directory a part was loaded from, which means nothing anywhere else.
+        write_json(config, {key: value for key, value in read_json(config).items() if key != "_name_or_path"})
+    for weights in path.glob("*/*.safetensors"):
+        weights.chmod(0o644)  # safetensors makes them private, unlike every other file here
     write_json(
         path / DEFAULTS_FILE,
         {"schema_version": _SCHEMA_VERSION, "world": model.world, **dataclasses.asdict(model.defaults)},
@@ -172,7 +177,7 @@ def _load(source: str, path: Path, index: dict[str, Any]) -> StableDiffusion3Pip
     try:
         with _quiet():
             pipeline = StableDiffusion3Pipeline.from_pretrained(
-                path, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, **absent
+                path, dtype=torch.float32, use_safetensors=True, local_files_only=True, **absent
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
