@@ -1,0 +1,211 @@
+"""Whether a written graph computes what the torch module does, on onnxruntime's CPU, over several shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import onnxruntime
+import torch
+
+from export.errors import ExportError
+from toolchain.families.sd3 import encode_prompts
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModelWithProjection
+
+    from toolchain.families import Model
+
+__all__ = ["Case", "ParityRow", "check_graph", "decoder_cases", "text_encoder_cases", "transformer_cases"]
+
+Array = np.ndarray[Any, Any]
+Weights = Literal["float32", "float16", "int4"]
+
+# Largest relative error (L2) by the graph's weights and activations. 32 bits allow for another order of
+# summing; 16 for rounding each weight, and each activation as well; 4 for three times what
+# rounding costs a deep model of random weights: beyond it, something else than rounding is wrong.
+LIMITS: dict[tuple[Weights, Literal["float32", "float16"]], float] = {
+    ("float32", "float32"): 1e-4,
+    ("float16", "float32"): 5e-3,
+    ("float16", "float16"): 2e-2,
+    ("int4", "float32"): 0.2,
+    ("int4", "float16"): 0.2,
+}
+
+_BATCHES = (1, 3)
+_PROMPTS = ("a red circle left of a blue square", "three yellow triangles", "a green square")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Inputs of one shape and what the torch module makes of them in float32."""
+
+    shape: dict[str, int]
+    inputs: dict[str, Array]
+    outputs: dict[str, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityRow:
+    """One output of one graph at one shape."""
+
+    stage: str
+    graph: str
+    """Path of the graph in the bundle, or a note that it was written for the comparison only."""
+    weights: Weights
+    activations: Literal["float32", "float16"]
+    output: str
+    shape: dict[str, int]
+    max_abs_error: float
+    relative_error: float
+    """L2 norm of the difference by that of torch's output."""
+    cosine: float
+    num_non_finite: int
+    limit: float
+    """Largest relative error that is accepted."""
+
+
+def transformer_cases(model: Model, token_counts: tuple[int, int], *, seed: int = 0) -> list[Case]:
+    """States of sampling in two sizes (one odd in patches, not square), two batches and two text lengths.
+
+    The first row of a batch is noise, where sampling starts; each next one has come half of the way that the
+    transformer sends it from there. Prompts are real: what a rounded model makes of inputs it would never be
+    given says little about it.
+    """
+    transformer, generator = model.pipeline.transformer, torch.Generator().manual_seed(seed)
+    config, largest = transformer.config, transformer.config.pos_embed_max_size
+    text = encode_prompts(model.pipeline, list(_PROMPTS), model.defaults.max_sequence_length)
+    sizes = {(min(4, largest), min(4, largest)), (min(3, largest), min(6, largest))}
+    cases = []
+    for (rows, columns), batch, tokens in product(sorted(sizes), _BATCHES, sorted(set(token_counts))):
+        height, width = rows * config.patch_size, columns * config.patch_size
+        inputs = {
+            "hidden_states": torch.randn(batch, config.in_channels, height, width, generator=generator),
+            "timestep": torch.full((batch,), 1000.0),
+            "encoder_hidden_states": text.tokens_BTJ[:batch, :tokens].contiguous(),
+            "pooled_projections": text.pooled_BP[:batch],
+        }
+        with torch.no_grad():
+            start = transformer(**inputs, return_dict=False)[0]
+            inputs["hidden_states"][1:] -= 0.5 * start[1:]
+            inputs["timestep"][1:] = 500.0
+            velocity = transformer(**inputs, return_dict=False)[0]
+        shape = {"batch": batch, "height": height, "width": width, "tokens": tokens}
+        cases.append(_case(shape, inputs, {"velocity": velocity}))
+    return cases
+
+
+def text_encoder_cases(
+    encoder: CLIPTextModelWithProjection, lengths: tuple[int, int], *, seed: int = 0
+) -> list[Case]:
+    """Draw prompts whose end token stands at another place in each row, as the pooled output hangs on it."""
+    config, generator = encoder.config, torch.Generator().manual_seed(seed)
+    cases = []
+    for length, batch in product(sorted(set(lengths)), _BATCHES):
+        ids = torch.randint(0, config.vocab_size, (batch, length), generator=generator)
+        for row in range(batch):
+            ids[row, length - 1 - row % length :] = config.eos_token_id
+        with torch.no_grad():
+            output = encoder(ids, output_hidden_states=True)
+        outputs = {"hidden_states": output.hidden_states[-2], "pooled": output.text_embeds}
+        cases.append(_case({"batch": batch, "length": length}, {"input_ids": ids}, outputs))
+    return cases
+
+
+def decoder_cases(vae: AutoencoderKL, *, seed: int = 0) -> list[Case]:
+    """Draw latents of two sizes, one of them not square, in two batches."""
+    generator = torch.Generator().manual_seed(seed)
+    cases = []
+    for (height, width), batch in product(((4, 4), (3, 6)), _BATCHES):
+        latents = torch.randn(batch, vae.config.latent_channels, height, width, generator=generator)
+        with torch.no_grad():
+            image = vae.decode(latents, return_dict=False)[0]
+        shape = {"batch": batch, "height": height, "width": width}
+        cases.append(_case(shape, {"latents": latents}, {"image": image}))
+    return cases
+
+
+def check_graph(
+    path: Path,
+    cases: Sequence[Case],
+    *,
+    stage: str,
+    graph: str,
+    weights: Weights,
+    activations: Literal["float32", "float16"] = "float32",
+) -> list[ParityRow]:
+    """Run a graph over the cases and hold it to the limit of its types.
+
+    Raises:
+        ExportError: An output is not finite or too far from torch's.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # graphs for other runtimes make it warn of what it has to convert
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    types = {value.name: value.type for value in session.get_inputs()}
+    rows: list[ParityRow] = []
+    for case in cases:
+        inputs = {
+            name: array.astype(np.float16) if types[name] == "tensor(float16)" else array
+            for name, array in case.inputs.items()
+        }
+        names = list(case.outputs)
+        for name, found in zip(names, session.run(names, inputs), strict=True):
+            row = ParityRow(
+                stage=stage,
+                graph=graph,
+                weights=weights,
+                activations=activations,
+                output=name,
+                shape=case.shape,
+                limit=LIMITS[weights, activations],
+                **_errors(case.outputs[name], found.astype(np.float32)),
+            )
+            _require_close(row)
+            rows.append(row)
+    return rows
+
+
+def _case(shape: dict[str, int], inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> Case:
+    return Case(
+        shape=shape,
+        inputs={name: tensor.numpy() for name, tensor in inputs.items()},
+        outputs={name: tensor.numpy() for name, tensor in outputs.items()},
+    )
+
+
+def _errors(expected: Array, found: Array) -> dict[str, Any]:
+    non_finite = int((~np.isfinite(found)).sum())
+    found = np.nan_to_num(found, posinf=0.0, neginf=0.0)  # counted above; JSON has no word for them
+    expected, found = expected.astype(np.float64), found.astype(np.float64)
+    norm, other, distance = (float(np.linalg.norm(array)) for array in (expected, found, found - expected))
+    # A model that was not trained yet may put out zeros: then the difference itself is judged.
+    cosine = float((expected * found).sum() / (norm * other)) if norm and other else float(norm == other)
+    return {
+        "max_abs_error": float(np.abs(found - expected).max()),
+        "relative_error": distance / norm if norm else distance,
+        "cosine": cosine,
+        "num_non_finite": non_finite,
+    }
+
+
+def _require_close(row: ParityRow) -> None:
+    faults = list(_faults(row))
+    if faults:
+        at = ", ".join(f"{name} {size}" for name, size in row.shape.items())
+        raise ExportError(
+            f"The exported {row.stage} ({row.graph}) differs from the torch model at {at}: its {row.output} "
+            f"{' and '.join(faults)}. Nothing was written; --bits 32 shows whether rounding is to blame."
+        )
+
+
+def _faults(row: ParityRow) -> Iterator[str]:
+    if row.num_non_finite:
+        yield f"holds {row.num_non_finite} values that are not finite"
+    if not row.relative_error <= row.limit:
+        yield f"has a relative error of {row.relative_error:.3g} where {row.limit:g} is accepted"

@@ -1,0 +1,204 @@
+"""The exported bundle: what lies in it, that its graphs share bytes, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import tokenizers
+import torch
+
+from deploy.bundle import Bundle
+from export import bundle as bundle_module
+from export.bundle import export_bundle
+from export.errors import ExportError
+from profiles.schema import Profile, load_profile
+from toolchain.families import Model
+
+Lower = Callable[..., ir.Model]
+
+BLOCK_LINEAR = re.compile(r"transformer_blocks\..*\.weight")
+
+
+def linears(model: Model) -> set[str]:
+    """Names of the weights of all linears in the transformer's blocks, those of AdaLN included."""
+    modules = model.pipeline.transformer.transformer_blocks.named_modules()
+    return {
+        f"transformer_blocks.{name}.weight" for name, module in modules if isinstance(module, torch.nn.Linear)
+    }
+
+
+def stored(bundle: Bundle, graph: str) -> dict[str, ir.ExternalTensor]:
+    values = ir.load(bundle.file(graph)).graph.initializers.items()
+    return {
+        name: value.const_value for name, value in values if isinstance(value.const_value, ir.ExternalTensor)
+    }
+
+
+def run(bundle: Bundle, graph: str, inputs: dict[str, torch.Tensor]) -> list[np.ndarray[Any, Any]]:
+    session = onnxruntime.InferenceSession(bundle.file(graph), providers=["CPUExecutionProvider"])
+    outputs: list[np.ndarray[Any, Any]] = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+    return outputs
+
+
+def test_the_files_are_those_of_the_format(bundle: Bundle, gpu: Profile) -> None:
+    parts = ("text_encoder", "text_encoder_2", "vae_decoder", "transformer")
+    expected = {f"{part}/{name}" for part in parts for name in ("model.onnx", "weights.data")}
+    expected |= {"transformer/model.fp16.onnx", "parity.json"}
+    expected |= {"tokenizer/tokenizer.json", "tokenizer_2/tokenizer.json"}
+    if gpu.runtime != "onnxruntime":
+        expected.add("engines/rtx4090/transformer.engine")
+    assert bundle.manifest.files.keys() == expected
+
+
+def test_a_bundle_for_a_gpu_runs_on_a_cpu_too(bundle: Bundle) -> None:
+    variants = {variant.target: (variant.activations, variant.path) for variant in bundle.manifest.variants}
+    assert variants["rtx4090"][0] == "float16"
+    assert variants["cpu-x86"] == ("float32", "transformer/model.onnx")
+
+
+@pytest.mark.parametrize("graph", ["transformer/model.onnx", "transformer/model.fp16.onnx"])
+def test_every_linear_of_the_blocks_is_int4(model: Model, bundle: Bundle, graph: str) -> None:
+    tensors = stored(bundle, graph)
+    int4 = {name for name, tensor in tensors.items() if tensor.dtype == ir.DataType.INT4}
+    assert int4 == linears(model)
+    assert any("norm1.linear" in name for name in int4)
+    blocks = [n for n in ir.load(bundle.file(graph)).graph if n.op_type == "DequantizeLinear"]
+    assert {node.attributes.get_int("block_size") for node in blocks} == {64}
+
+
+def test_both_graphs_point_at_the_same_bytes(bundle: Bundle) -> None:
+    full, half = (
+        {name: (x.dtype, x.offset, x.length) for name, x in stored(bundle, f"transformer/{graph}").items()}
+        for graph in ("model.onnx", "model.fp16.onnx")
+    )
+    assert full == half
+    size = max(offset + length for _, offset, length in full.values() if offset is not None and length)
+    assert bundle.file("transformer/weights.data").stat().st_size == size
+
+
+def test_onnxruntime_multiplies_with_the_4_bit_weights_as_they_are(
+    model: Model, bundle: Bundle, tmp_path: Path
+) -> None:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    path = bundle.file("transformer/model.onnx")
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph]
+    assert kinds.count("MatMulNBits") == len(linears(model))
+    assert "DequantizeLinear" not in kinds
+
+
+def test_the_report_covers_every_graph_and_every_parameter(model: Model, bundle: Bundle) -> None:
+    report = json.loads(bundle.file("parity.json").read_text(encoding="utf-8"))
+    compared = {(row["graph"], row["weights"], row["activations"]) for row in report["rows"]}
+    assert compared == {
+        ("as lowered, not kept", "float32", "float32"),
+        ("transformer/model.onnx", "int4", "float32"),
+        ("transformer/model.fp16.onnx", "int4", "float16"),
+        ("text_encoder/model.onnx", "float16", "float32"),
+        ("text_encoder_2/model.onnx", "float16", "float32"),
+        ("vae_decoder/model.onnx", "float16", "float32"),
+    }
+    shapes = [row["shape"] for row in report["rows"] if row["graph"] == "transformer/model.onnx"]
+    assert len(shapes) == 2 * 2 * 2
+    names = [item["name"] for kind in ("quantized", "skipped") for item in report["quantization"][kind]]
+    module = model.pipeline.transformer
+    assert sorted(names) == sorted([*dict(module.named_parameters()), *dict(module.named_buffers())])
+
+
+def test_a_32_bit_bundle_computes_what_torch_does(model: Model, full_bundle: Bundle) -> None:
+    torch.manual_seed(1)
+    pipeline = model.pipeline
+    inputs = {
+        "hidden_states": torch.randn(3, 8, 6, 8),
+        "timestep": torch.rand(3) * 1000,
+        "encoder_hidden_states": torch.randn(3, 9, 192),
+        "pooled_projections": torch.randn(3, 192),
+    }
+    with torch.no_grad():
+        velocity = pipeline.transformer(**inputs, return_dict=False)[0]
+        image = pipeline.vae.decode(inputs["hidden_states"], return_dict=False)[0]
+    found = run(full_bundle, "transformer/model.onnx", inputs)[0]
+    np.testing.assert_allclose(found, velocity.numpy(), atol=1e-4)
+    found = run(full_bundle, "vae_decoder/model.onnx", {"latents": inputs["hidden_states"]})[0]
+    np.testing.assert_allclose(found, image.numpy(), atol=1e-4)
+    weights = {graph.weights for graphs in full_bundle.manifest.graphs.values() for graph in graphs}
+    assert weights == {"float32"}
+
+
+def test_the_tokenizer_gives_the_ids_of_the_pipelines(model: Model, bundle: Bundle) -> None:
+    described = bundle.manifest.tokenizers["tokenizer"]
+    tokenizer = tokenizers.Tokenizer.from_file(str(bundle.file(described.path)))
+    assert tokenizer.truncation is None
+    assert tokenizer.padding is None
+    prompt = "a red circle above a blue square"
+    ids = tokenizer.encode(prompt).ids
+    ids += [described.pad_id] * (described.max_length - len(ids))
+    expected = model.pipeline.tokenizer(prompt, padding="max_length", max_length=described.max_length)
+    assert ids == expected.input_ids
+
+
+def test_a_graph_that_differs_leaves_no_bundle_behind(
+    model: Model, lower: Lower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(transformer: Any, activations: str) -> ir.Model:
+        graph = lower("lower_transformer", transformer, activations)
+        bias = graph.graph.initializers["proj_out.bias"]
+        bias.const_value = ir.tensor(np.full(bias.const_value.shape.numpy(), 9.0, dtype=np.float32))
+        return graph
+
+    monkeypatch.setattr(bundle_module, "lower_transformer", broken)
+    with pytest.raises(ExportError, match=r"exported transformer .* differs from the torch model at batch 1"):
+        export_bundle(model, targets=[load_profile("cpu-x86")], output=tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
+def with_parts(model: Model, **parts: Any) -> Model:
+    """The model with parts of its pipeline exchanged."""
+    pipeline = SimpleNamespace(**(dict(model.pipeline.components) | parts))
+    return dataclasses.replace(model, pipeline=pipeline)
+
+
+def refusal(model: Model, targets: list[Profile], tmp_path: Path, **options: Any) -> str:
+    with pytest.raises(ExportError) as error:
+        export_bundle(model, targets=targets, output=tmp_path / "bundle", **options)
+    assert not list(tmp_path.iterdir())
+    return str(error.value)
+
+
+def test_a_third_text_encoder_is_refused(model: Model, tmp_path: Path) -> None:
+    with_t5 = with_parts(model, text_encoder_3=torch.nn.Linear(2, 2))
+    assert "T5), which is not exported yet" in refusal(with_t5, [load_profile("cpu-x86")], tmp_path)
+
+
+def test_sigmas_the_device_does_not_know_are_refused_by_name(model: Model, tmp_path: Path) -> None:
+    scheduler = type(model.pipeline.scheduler).from_config(
+        model.pipeline.scheduler.config, invert_sigmas=True
+    )
+    changed = with_parts(model, scheduler=scheduler)
+    assert "invert_sigmas=True" in refusal(changed, [load_profile("cpu-x86")], tmp_path)
+
+
+def test_bits_that_do_not_exist_are_refused(model: Model, tmp_path: Path) -> None:
+    assert "4, 16 or 32 bits, not 8" in refusal(model, [load_profile("cpu-x86")], tmp_path, bits=8)
+
+
+def test_a_picture_size_the_model_cannot_make_is_refused(model: Model, gpu: Profile, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    large = dataclasses.replace(gpu, buckets=((64, 64), (64, 1024)))
+    assert "64x1024" in refusal(model, [large], tmp_path)
+
+
+def test_no_target_is_refused(model: Model, tmp_path: Path) -> None:
+    assert "no target" in refusal(model, [], tmp_path)

@@ -1,0 +1,105 @@
+"""What is stored in 4 bits, how exactly, and that nothing is left out of the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from export.errors import ExportError
+from export.quantize import choose_group_size, quantize_matrix, store_weights
+from export.weights import WeightFile
+
+Array = np.ndarray[Any, Any]
+
+
+def linear_graph(**weights: Array) -> ir.Model:
+    """One MatMul for each weight [K, N], read lazily as a lowered module's are."""
+    inputs, nodes = [], []
+    graph_weights = []
+    for name, array in weights.items():
+        name = name.replace("__", ".")
+        tensor = ir.tensor(array, name=name)
+        lazy = ir.LazyTensor(lambda t=tensor: t, dtype=tensor.dtype, shape=tensor.shape, name=name)
+        weight = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
+        x = ir.Value(
+            name=f"x.{name}", shape=ir.Shape([1, array.shape[0]]), type=ir.TensorType(ir.DataType.FLOAT)
+        )
+        inputs.append(x)
+        graph_weights.append(weight)
+        nodes.append(ir.node("MatMul", [x, weight]))
+    outputs = [node.outputs[0] for node in nodes]
+    graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=graph_weights, opset_imports={"": 21})
+    return ir.Model(graph, ir_version=10)
+
+
+def dequantize(values: Array, scales: Array) -> Array:
+    return values.astype(np.float32) * np.repeat(scales.astype(np.float32), len(values) // len(scales), 0)
+
+
+@pytest.mark.parametrize(("size", "group"), [(128, 64), (2432, 64), (96, 48), (100, 50), (40, 40), (67, 1)])
+def test_a_group_is_the_largest_divisor_up_to_the_limit(size: int, group: int) -> None:
+    assert choose_group_size(size, 64) == group
+
+
+def test_scales_are_positive_and_the_error_is_that_of_four_bits() -> None:
+    weight = np.random.default_rng(0).normal(size=(128, 96)).astype(np.float32)
+    values, scales = quantize_matrix(weight, 64)
+    assert values.shape == (128, 96)
+    assert scales.shape == (2, 96)
+    assert scales.dtype == np.float16
+    assert (scales > 0).all()
+    assert np.linalg.norm(dequantize(values, scales) - weight) / np.linalg.norm(weight) < 0.1
+
+
+def test_weights_on_the_grid_are_kept_exactly() -> None:
+    weight = np.tile(np.arange(-8, 8, dtype=np.float32), 4)[:, None] * 0.25
+    values, scales = quantize_matrix(weight, 64)
+    np.testing.assert_array_equal(dequantize(values, scales), weight)
+
+
+def test_weights_of_zero_stay_zero() -> None:
+    values, scales = quantize_matrix(np.zeros((64, 2), dtype=np.float32), 64)
+    assert (scales > 0).all()
+    assert not dequantize(values, scales).any()
+
+
+def test_the_report_names_every_weight_and_why_it_was_skipped(tmp_path: Path) -> None:
+    ones = np.ones((64, 2), dtype=np.float32)
+    model = linear_graph(
+        transformer_blocks__0__ff__weight=ones,
+        transformer_blocks__0__prime__weight=np.ones((67, 2), dtype=np.float32),
+        proj_out__weight=ones,
+    )
+    with WeightFile(tmp_path) as file:
+        report = store_weights(model, file, bits=4).report
+    assert [(item.name, item.group_size, item.bytes) for item in report.quantized] == [
+        ("transformer_blocks.0.ff.weight", 64, 64 + 4)
+    ]
+    assert [(item.name, item.bytes, item.reason) for item in report.skipped] == [
+        (
+            "transformer_blocks.0.prime.weight",
+            67 * 2 * 2,
+            "its 67 inputs divide into groups of 1, where 16 is the least",
+        ),
+        ("proj_out.weight", 64 * 2 * 2, "outside the transformer blocks"),
+    ]
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(16, np.float16), (32, np.float32)])
+def test_wider_weights_are_stored_in_that_type(tmp_path: Path, bits: Any, dtype: type) -> None:
+    model = linear_graph(transformer_blocks__0__ff__weight=np.full((64, 2), 0.1, dtype=np.float32))
+    with WeightFile(tmp_path) as file:
+        stored = store_weights(model, file, bits=bits)
+    assert not stored.int4
+    kept = stored.plain["transformer_blocks.0.ff.weight"].numpy()
+    np.testing.assert_array_equal(kept, np.full((64, 2), 0.1, dtype=dtype))
+
+
+def test_a_weight_beyond_float16_is_refused_by_name(tmp_path: Path) -> None:
+    model = linear_graph(proj_out__weight=np.full((64, 2), 1e5, dtype=np.float32))
+    with WeightFile(tmp_path) as file, pytest.raises(ExportError, match=r"'proj_out.weight' is not finite"):
+        store_weights(model, file, bits=4)
