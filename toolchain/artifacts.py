@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -51,8 +50,12 @@ def check_new_directory(path: Path) -> None:
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise ToolchainError(f"cannot write {path}: {parent} is not writable; choose another --output")
+    try:
+        Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent)).rmdir()
+    except OSError as error:
+        raise ToolchainError(
+            f"cannot write {path}: {parent}: {error.strerror}; choose another --output"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -52,7 +52,7 @@ def compress(
         str, typer.Argument(help="`shapes`, a directory of a diffusers pipeline, or a hub id owner/name.")
     ] = "shapes",
     ratio: Annotated[float, typer.Option(help="Share of the transformer's parameters to remove.")] = 0.25,
-    steps: Annotated[int, typer.Option(help="Steps of distillation.", min=0)] = 300,
+    steps: Annotated[int, typer.Option(help="Steps of distillation.", min=0)] = 500,
     seed: Seed = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory to write the student to.")
@@ -70,7 +70,7 @@ def compress(
     from toolchain.compress import Recipe, compress_model
 
     recipe = Recipe(ratio=ratio, steps=steps, seed=seed, captions_per_task=per_task)
-    student = output or Path(f"{Path(model).name}-student")
+    student = output or Path(f"{Path(model).resolve().name}-student")
     with _bars() as bar:
         outcome = compress_model(model, recipe, student, prompts=prompts, bar=bar)
     _remember(student=student)
@@ -96,7 +96,7 @@ def export(
 
     targets = [load_profile(name) for name in dict.fromkeys(target or ["cpu-x86"])]
     source = student or _remembered_student()
-    bundle_path = output or Path(Path(source).name.removesuffix("-student") + "-bundle")
+    bundle_path = output or Path(Path(source).resolve().name.removesuffix("-student") + "-bundle")
 
     from toolchain.artifacts import check_new_directory, read_json, sha256
     from toolchain.plan import PLAN_FILE, plan_from_json
@@ -245,17 +245,22 @@ def _bars() -> Iterator[Callable[[str, int], Callable[..., None]]]:
         *(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True)),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=_console) as progress:
+    progress = Progress(*columns, console=_console)
 
-        def add(description: str, total: int) -> Callable[..., None]:
-            task = progress.add_task(description, total=total, note="")
+    def add(description: str, total: int) -> Callable[..., None]:
+        progress.start()  # not before there is a bar: even an empty display prints a line
+        task = progress.add_task(description, total=total, note="")
 
-            def advance(*_: object, note: str = "") -> None:
-                progress.update(task, advance=1, note=note)
+        def advance(*_: object, note: str = "") -> None:
+            progress.update(task, advance=1, note=note)
 
-            return advance
+        return advance
 
+    try:
         yield add
+    finally:
+        if progress.tasks:
+            progress.stop()
 
 
 _MEMORY = Path(".hptool.json")

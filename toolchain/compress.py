@@ -13,6 +13,7 @@ from toolchain.artifacts import check_new_directory, new_directory, write_json
 from toolchain.distill import distill_
 from toolchain.errors import ToolchainError
 from toolchain.evaluate import ShapesScore, evaluate_shapes, num_batches
+from toolchain.families.sd3 import block_parameters
 from toolchain.families.view import Model, open_model, save_model_
 from toolchain.optimize import Schedule
 from toolchain.prune import freeze_preserved_, prune
@@ -31,10 +32,12 @@ class Recipe:
 
     ratio: float = 0.25
     """Share of the transformer's parameters to remove, at least."""
-    steps: int = 300
+    steps: int = 500
     """Of distillation; 0 only prunes."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1.5e-3
     batch_size: int = 64
+    passes: int = 2
+    """How often each state of the teacher's sampling is trained on."""
     analysis_prompts: int = 16
     """Pictures whose sampling states the blocks' contribution is measured on."""
     seed: int = 0
@@ -82,16 +85,17 @@ def compress_model(
     Raises:
         ToolchainError: Something asked for cannot be had; nothing has been written then.
     """
-    planning.check_ratio(recipe.ratio)
     check_new_directory(output)
     teacher = open_model(source)
+    blocks = block_parameters(teacher.pipeline.transformer)
+    planning.check_ratio(recipe.ratio, blocks, teacher.num_parameters)
     sets = _prompt_sets(teacher, recipe, prompts)
 
     judged = _sample(teacher, sets[0], recipe.seed + 1, "sampling for the check", bar)
     analysed = _sample(teacher, sets[1], recipe.seed + 2, "sampling for the analysis", bar)
     stages = [_stage("original", teacher, judged, recipe, bar)]
 
-    advance = bar("removing each block", len(teacher.pipeline.transformer.transformer_blocks))
+    advance = bar("removing each block", len(blocks))
     sensitivity = analyze(teacher, analysed, seed=recipe.seed, on_block=advance)
     plan = planning.build_plan(sensitivity, ratio=recipe.ratio)
 
@@ -103,7 +107,10 @@ def compress_model(
         freeze_preserved_(student, plan)
         advance = bar("distilling", recipe.steps)
         schedule = Schedule(
-            steps=recipe.steps, learning_rate=recipe.learning_rate, warmup_steps=recipe.steps // 20
+            steps=recipe.steps,
+            learning_rate=recipe.learning_rate,
+            warmup_steps=recipe.steps // 20,
+            cooldown=0.7,
         )
         distill_(
             student,
@@ -135,7 +142,7 @@ def _prompt_sets(teacher: Model, recipe: Recipe, path: Path | None) -> tuple[lis
     """Prompts to judge on, to analyse on and to train on; the first share none with the others."""
     guided = teacher.defaults.guidance_scale > 1
     states_per_prompt = teacher.defaults.num_inference_steps * (2 if guided else 1)
-    num_taught = -(-recipe.steps * recipe.batch_size // states_per_prompt)
+    num_taught = -(-recipe.steps * recipe.batch_size // (recipe.passes * states_per_prompt))
     few = recipe.analysis_prompts
     if path is None:
         if teacher.world is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ from toolchain.errors import ToolchainError
 
 PLAN_FILE = "plan.json"
 SCHEMA_VERSION = 1
+
+# The first blocks lay out the picture; the last one ends without a text stream, as no other does.
+_PROTECTED_FIRST, _PROTECTED_LAST = 2, 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,35 +67,20 @@ class CompressionPlan:
         return tuple(index for index in range(self.num_blocks) if index not in self.removed_blocks)
 
 
-def build_plan(
-    sensitivity: Sensitivity, *, ratio: float, protected_first: int = 2, protected_last: int = 1
-) -> CompressionPlan:
+def build_plan(sensitivity: Sensitivity, *, ratio: float) -> CompressionPlan:
     """Choose whole blocks until at least `ratio` of the transformer's parameters goes.
 
-    Args:
-        sensitivity: The analysis to decide by.
-        ratio: Share of the transformer's parameters to remove, above 0 and below 1.
-        protected_first: The first blocks, which lay out the picture, never go.
-        protected_last: Nor the last ones; at least 1, for the last block ends without a text stream.
-
     Raises:
-        ToolchainError: `ratio` is out of range, or more than the unprotected blocks hold.
+        ToolchainError: `check_ratio` refuses the ratio.
     """
-    check_ratio(ratio)
     num_blocks = len(sensitivity.blocks)
-    candidates = [
-        item for item in sensitivity.blocks if protected_first <= item.block < num_blocks - protected_last
-    ]
-    candidates.sort(key=lambda item: item.harm * math.exp(-item.block / num_blocks))
-    available = sum(item.num_parameters for item in candidates) / sensitivity.total_parameters
-    if ratio > available:
-        raise ToolchainError(
-            f"ratio {ratio} is out of reach: the {len(candidates)} blocks that may go hold only "
-            f"{available:.3f} of the transformer's parameters"
-        )
+    check_ratio(ratio, [item.num_parameters for item in sensitivity.blocks], sensitivity.total_parameters)
     removed: list[int] = []
     gone = 0
-    for item in candidates:
+    for item in sorted(
+        (sensitivity.blocks[index] for index in _removable(num_blocks)),
+        key=lambda item: item.harm * math.exp(-item.block / num_blocks),
+    ):
         if gone >= ratio * sensitivity.total_parameters:
             break
         removed.append(item.block)
@@ -106,17 +95,28 @@ def build_plan(
     )
 
 
-def check_ratio(ratio: float) -> None:
+def check_ratio(ratio: float, block_parameters: Sequence[int], total_parameters: int) -> None:
     """Refuse a ratio that no plan could reach, before any work is done.
 
+    Args:
+        ratio: Share of the transformer's parameters to remove.
+        block_parameters: Of every block in order.
+        total_parameters: Of the whole transformer.
+
     Raises:
-        ToolchainError: It is not above 0 and below 1.
+        ToolchainError: It is not above 0, or more than the blocks that may go hold.
     """
-    if not 0 < ratio < 1:
+    removable = sum(block_parameters[index] for index in _removable(len(block_parameters)))
+    available = removable / total_parameters
+    if not 0 < ratio <= available:
         raise ToolchainError(
             f"ratio {ratio} is out of range; it is the share of the transformer's parameters to remove, "
-            "above 0 and below 1, e.g. 0.25"
+            f"above 0 and, as the first {_PROTECTED_FIRST} blocks and the last stay, at most {available:.3f}"
         )
+
+
+def _removable(num_blocks: int) -> range:
+    return range(_PROTECTED_FIRST, num_blocks - _PROTECTED_LAST)
 
 
 def plan_from_json(data: dict[str, Any]) -> CompressionPlan:

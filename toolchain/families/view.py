@@ -125,7 +125,11 @@ def save_model_(model: Model, path: Path) -> None:
         model.pipeline.save_pretrained(path, safe_serialization=True)
     for config in (path / "model_index.json", *path.glob("*/config.json")):
         # diffusers notes the directory a part was loaded from, which means nothing anywhere else.
-        write_json(config, {key: value for key, value in read_json(config).items() if key != "_name_or_path"})
+        values = {key: value for key, value in read_json(config).items() if key != "_name_or_path"}
+        if "dtype" in values:
+            # Unless told a type, transformers takes this one and diffusers float32: they have to agree.
+            values["dtype"] = "float32"
+        write_json(config, values)
     for weights in path.glob("*/*.safetensors"):
         weights.chmod(0o644)  # safetensors makes them private, unlike every other file here
     write_json(
