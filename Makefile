@@ -24,7 +24,7 @@ demo: $(VENV)/.installed ## Compress the built-in model, export it for two targe
 	@rm -rf demo
 	$(VENV)/bin/hptool compress --output demo/student
 	$(VENV)/bin/hptool export demo/student --target cpu-x86 --target rtx4090 --output demo/bundle
-	$(VENV)/bin/python -m benchmarks.demo
+	TRANSFORMERS_VERBOSITY=error $(VENV)/bin/python -m benchmarks.demo
 
 test: $(VENV)/.installed ## Run every test, then check the edge in an environment without PyTorch.
 	$(VENV)/bin/pytest --quiet

@@ -116,7 +116,7 @@ def _grid(painters: dict[str, Painter], scale: int = 2) -> Image.Image:
     shape = next(iter(painters.values())).latent_shape
     noise = np.random.default_rng(0).standard_normal((len(PROMPTS), *shape), dtype=np.float32)
     font = ImageFont.load_default(size=13)
-    size, gap, head, side = 64 * scale, 6, 52, 120
+    size, gap, head, side = 64 * scale, 6, 62, 120
     width = side + len(PROMPTS) * (size + gap)
     grid = Image.new("RGB", (width, head + len(painters) * (size + gap)), "white")
     draw = ImageDraw.Draw(grid)
