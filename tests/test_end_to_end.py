@@ -17,6 +17,8 @@ from toolchain.evaluate import evaluate_shapes
 from toolchain.families import Model, open_model
 from toolchain.families.view import built_in_path
 
+pytestmark = pytest.mark.timeout(1800)  # the whole way, on whatever machine; it guards against a hang only
+
 PROMPTS = ["a red circle left of a blue square", "three yellow triangles", "a black square"]
 
 

@@ -1,6 +1,6 @@
 """Train the `shapes` model from nothing: `python -m toolchain.shapes --output DIR`.
 
-Takes about an hour and a half on two cores and much less on a GPU. Everything random is seeded. A run that
+Takes about an hour on two cores. Everything random is seeded. A run that
 was stopped goes on where it was when it is started again with the same --work.
 """
 
