@@ -45,8 +45,10 @@ def check_new_directory(path: Path) -> None:
     """
     if path.is_dir() and any(path.iterdir()):
         raise ToolchainError(f"output {path} is not empty; choose another --output or remove it first")
-    if path.exists() and not path.is_dir():
-        raise ToolchainError(f"output {path} is a file; choose another --output or remove it first")
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ToolchainError(f"output {path} is a file or a link; choose another --output or remove it first")
+    if path.resolve() == Path.cwd():
+        raise ToolchainError(f"output {path} is the directory you are in; name a new one in it with --output")
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent

@@ -284,7 +284,12 @@ def _remembered_student() -> str:
         raise ToolchainError(
             "nothing was compressed in this directory yet; run `hptool compress` first, or name the model"
         )
-    return str(read_json(_MEMORY)["student"])
+    student = read_json(_MEMORY).get("student")
+    if not isinstance(student, str):
+        raise ToolchainError(
+            f"{_MEMORY} was not written by hptool; name the model to export, or remove that file"
+        )
+    return student
 
 
 def _show_outcome(outcome: Outcome, student: Path) -> None:

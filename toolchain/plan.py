@@ -79,7 +79,7 @@ def build_plan(sensitivity: Sensitivity, *, ratio: float) -> CompressionPlan:
     gone = 0
     for item in sorted(
         (sensitivity.blocks[index] for index in _removable(num_blocks)),
-        key=lambda item: item.harm * math.exp(-item.block / num_blocks),
+        key=lambda item: (item.harm * math.exp(-item.block / num_blocks), -item.block),
     ):
         if gone >= ratio * sensitivity.total_parameters:
             break

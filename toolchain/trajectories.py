@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from toolchain.errors import ToolchainError
 from toolchain.families.sd3 import TextStates, encode_prompts, velocity
 from toolchain.families.view import Model
 
@@ -66,6 +67,9 @@ def sample_states(
         seed: Of the initial noise and of the order of the states.
         batch_size: Pictures sampled at once.
         on_step: Called after every step of every batch.
+
+    Raises:
+        ToolchainError: The model's velocities are not finite.
     """
     pipeline, defaults = model.pipeline, model.defaults
     guided = defaults.guidance_scale > 1
@@ -92,6 +96,8 @@ def sample_states(
             latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
             if on_step is not None:
                 on_step()
+    if not all(torch.isfinite(predicted).all() for _, _, predicted, _ in parts):
+        raise ToolchainError(f"{model.source} gives velocities that are not finite: its weights are damaged")
     columns = (torch.cat(items) for items in zip(*parts, strict=True))
     all_latents, timesteps, velocities, prompt_index = columns
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(all_latents)))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
 from torch import nn
 
 from toolchain.optimize import Schedule, optimize_
@@ -20,13 +24,18 @@ def fresh() -> nn.Linear:
     return model
 
 
-def run(model: nn.Linear, checkpoint: Path | None = None, fail_at: int | None = None) -> nn.Linear:
+def run(
+    model: nn.Linear,
+    checkpoint: Path | None = None,
+    fail_at: int | None = None,
+    schedule: Schedule = SCHEDULE,
+) -> nn.Linear:
     def loss_at(step: int) -> torch.Tensor:
         batch = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
         factor = float("nan") if step == fail_at else 1.0
         return factor * model(batch).square().mean()
 
-    optimize_(model, loss_at, SCHEDULE, checkpoint=checkpoint)
+    optimize_(model, loss_at, schedule, checkpoint=checkpoint)
     return model
 
 
@@ -46,3 +55,90 @@ def test_the_rate_rises_stays_and_falls() -> None:
     assert [schedule.rate_at(step) for step in (0, 4, 9, 30, 50)] == [0.1, 0.5, 1.0, 1.0, 1.0]
     assert schedule.rate_at(75) == pytest.approx(0.5)
     assert 0 < schedule.rate_at(99) <= 0.02
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+@pytest.mark.parametrize("fail_at", [1, 5, 9])
+def test_wherever_a_run_stops_it_ends_as_an_undisturbed_one(
+    ema_decay: float | None, fail_at: int, tmp_path: Path
+) -> None:
+    schedule = replace(SCHEDULE, ema_decay=ema_decay, checkpoint_every=2)
+    state = tmp_path / "state.safetensors"
+    with pytest.raises(FloatingPointError):
+        run(fresh(), state, fail_at=fail_at, schedule=schedule)
+    resumed = run(fresh(), state, schedule=schedule)
+    assert torch.equal(resumed.weight, run(fresh(), schedule=schedule).weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nonsense_ends_a_run_and_leaves_its_last_checkpoint(value: float, tmp_path: Path) -> None:
+    model, state = fresh(), tmp_path / "state.safetensors"
+    before: dict[int, torch.Tensor] = {}
+
+    def loss_at(step: int) -> torch.Tensor:
+        before[step] = model.weight.detach().clone()
+        return model(torch.ones(1, 3)).square().mean() * (value if step == 7 else 1.0)
+
+    with pytest.raises(FloatingPointError, match="at step 7"):
+        optimize_(model, loss_at, SCHEDULE, checkpoint=state)
+    with safe_open(state, framework="pt") as stored:
+        assert stored.metadata() == {"step": "5"}
+        assert torch.equal(stored.get_tensor("value/weight"), before[5])
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_a_checkpoint_holds_what_is_trained_and_nothing_else(tmp_path: Path) -> None:
+    run(fresh(), tmp_path / "state.safetensors")
+    with safe_open(tmp_path / "state.safetensors", framework="pt") as stored:
+        assert set(stored.keys()) == {
+            f"{part}/weight" for part in ("value", "exp_avg", "exp_avg_sq", "step", "average")
+        }
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_run_that_is_done_is_not_done_again(ema_decay: float | None, tmp_path: Path) -> None:
+    schedule = replace(SCHEDULE, ema_decay=ema_decay)
+    state = tmp_path / "state.safetensors"
+    done = run(fresh(), state, schedule=schedule)
+
+    def never(step: int) -> torch.Tensor:
+        raise AssertionError(step)
+
+    again = fresh()
+    optimize_(again, never, schedule, checkpoint=state)
+    assert torch.equal(again.weight, done.weight)
+
+
+def test_every_step_is_told_once_and_in_order() -> None:
+    told: list[tuple[int, float]] = []
+    model = fresh()
+    optimize_(
+        model, lambda step: model.weight.sum() * 0 + step, SCHEDULE, on_step=lambda *it: told.append(it)
+    )
+    assert told == [(step, float(step)) for step in range(10)]
+
+
+@given(
+    steps=st.integers(1, 500),
+    warmup=st.floats(0, 0.25),
+    cooldown=st.floats(0, 0.75),
+)
+def test_the_rate_is_never_above_its_peak_nor_0_and_falls_from_there(
+    steps: int, warmup: float, cooldown: float
+) -> None:
+    warmup_steps = int(warmup * steps)
+    schedule = Schedule(steps=steps, learning_rate=2.0, warmup_steps=warmup_steps, cooldown=cooldown)
+    rates = [schedule.rate_at(step) for step in range(steps)]
+    assert all(0 < rate <= 2.0 for rate in rates)
+    rising, falling = rates[:warmup_steps], rates[warmup_steps:]
+    assert rising == sorted(rising)
+    assert falling == sorted(falling, reverse=True)
+    assert falling[0] == 2.0
+
+
+def test_the_rate_is_what_the_step_is_taken_with() -> None:
+    # The first step of Adam moves every weight by the rate, whatever the gradient.
+    schedule = Schedule(steps=1, learning_rate=0.5, warmup_steps=4, weight_decay=0.0)
+    model, start = fresh(), fresh().weight
+    optimize_(model, lambda _: model.weight.sum(), schedule)
+    torch.testing.assert_close(model.weight, start - 0.125)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,23 @@ class GenerationDefaults:
     height: int = 1024
     """Pixels, as `width`."""
     width: int = 1024
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("num_inference_steps", 1),
+            ("max_sequence_length", 0),
+            ("height", 1),
+            ("width", 1),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ToolchainError(
+                    f"{name} is {value!r} in {DEFAULTS_FILE}; it is a number from {least} up"
+                )
+        if type(self.guidance_scale) not in (int, float) or not math.isfinite(self.guidance_scale):
+            raise ToolchainError(
+                f"guidance_scale is {self.guidance_scale!r} in {DEFAULTS_FILE}; it is a number"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +121,17 @@ def open_model(source: str) -> Model:
             "(Stable Diffusion 3 and 3.5 and their students)"
         )
     defaults, world = _read_defaults(path)
+    pipeline = _load(source, path, index)
+    unit = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
+    if defaults.height % unit or defaults.width % unit:
+        raise ToolchainError(
+            f"{source} is to make pictures of {defaults.height}x{defaults.width} pixels, but it takes "
+            f"multiples of {unit} only; change {DEFAULTS_FILE}"
+        )
     return Model(
         source=source,
         path=path,
-        pipeline=_load(source, path, index),
+        pipeline=pipeline,
         stored_dtype=_stored_dtype(path / "transformer"),
         defaults=defaults,
         world=world,
@@ -175,6 +200,7 @@ def _resolve(source: str) -> Path:
 def _load(source: str, path: Path, index: dict[str, Any]) -> StableDiffusion3Pipeline:
     import torch
     from diffusers import StableDiffusion3Pipeline
+    from safetensors import SafetensorError
 
     # diffusers saves a part that is not there as [null, null], but wants to be told so when it loads.
     absent = {name: None for name, part in index.items() if part == [None, None]}
@@ -183,14 +209,28 @@ def _load(source: str, path: Path, index: dict[str, Any]) -> StableDiffusion3Pip
             pipeline = StableDiffusion3Pipeline.from_pretrained(
                 path, dtype=torch.float32, use_safetensors=True, local_files_only=True, **absent
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ToolchainError(f"{source} cannot be opened as a diffusers pipeline: {reason}") from error
+    for name in ("transformer", "vae"):
+        # diffusers only warns of what a file lacks, and leaves whatever was in memory in its place.
+        if missing := sorted(getattr(pipeline, name).state_dict().keys() - _stored_names(path / name)):
+            raise ToolchainError(f"{source} lacks weights of its {name}: {', '.join(missing[:5])}")
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _stored_names(part: Path) -> set[str]:
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in part.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as stored:
+            names.update(stored.keys())
+    return names
 
 
 def _stored_dtype(part: Path) -> torch.dtype:

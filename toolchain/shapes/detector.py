@@ -16,6 +16,8 @@ from toolchain.shapes.world import BACKGROUND, COLORS, Caption, Object, Thing
 _FOREGROUND_DISTANCE = 70.0
 # Components smaller than this many pixels are specks; the smallest true object has about 160.
 _MIN_AREA = 40
+# Objects are at most 22 pixels wide; a picture filled with colour is no square.
+_MAX_SIZE = 32
 # Share of an object's inner pixels that must agree on its colour.
 _MIN_PURITY = 0.8
 # Overlap with the ideal shape in the same bounding box, below which it is no shape at all.
@@ -97,7 +99,7 @@ def _color(pixels: npt.NDArray[np.float32]) -> str | None:
 
 def _shape(mask: npt.NDArray[np.bool_]) -> str | None:
     height, width = mask.shape
-    if not 0.75 <= height / width <= 1.33:
+    if not 0.75 <= height / width <= 1.33 or max(height, width) > _MAX_SIZE:
         return None
     y = (np.arange(height)[:, None] + 0.5) / height
     x = (np.arange(width)[None, :] + 0.5) / width

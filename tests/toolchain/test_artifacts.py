@@ -1,0 +1,134 @@
+"""What reaches the disk reaches it whole, and what comes back is checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from toolchain.artifacts import check_new_directory, new_directory, read_json, sha256, write_json
+from toolchain.errors import ToolchainError
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_error_leaves_things_as_they_were(
+    error: type[BaseException], exists: bool, tmp_path: Path
+) -> None:
+    if exists:
+        (tmp_path / "out").mkdir()
+
+    def stop_half_way() -> None:
+        with new_directory(tmp_path / "out") as directory:
+            (directory / "half").mkdir()
+            (directory / "half" / "file").write_text("written")
+            raise error
+
+    with pytest.raises(error):
+        stop_half_way()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"] * exists
+
+
+def test_nothing_is_seen_at_the_path_before_all_is_written(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "out") as directory:
+        (directory / "file").write_text("written")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
+
+
+def test_an_empty_directory_is_taken_and_parents_are_made(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "new" / "er" / "out"):
+        with new_directory(path) as directory:
+            (directory / "file").write_text("written")
+        assert (path / "file").read_text() == "written"
+        assert path.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("full", "is not empty"),
+        ("full/file", "is a file"),
+        ("full/file/out", "cannot write .*Not a directory"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_at_once(path: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("kept")
+    with pytest.raises(ToolchainError, match=message):
+        check_new_directory(tmp_path / path)
+    with pytest.raises(ToolchainError, match=message), new_directory(tmp_path / path):
+        raise AssertionError
+    assert sorted(item.name for item in tmp_path.rglob("*")) == ["file", "full"]
+    assert (tmp_path / "full" / "file").read_text() == "kept"
+
+
+def test_a_check_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_new_directory(tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", [".", "link", "dangling"])
+def test_what_passes_the_check_is_written_in_the_end(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path / "empty" if output == "." else tmp_path)
+    try:
+        check_new_directory(Path(output))
+    except ToolchainError:
+        return
+    with new_directory(Path(output)) as directory:
+        (directory / "file").write_text("written")
+    assert (Path(output) / "file").read_text() == "written"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"{", "cannot be read as JSON"),
+        (b"\xff\xfe", "cannot be read as JSON"),
+        (b"[1]", "holds a list, not an object"),
+        (b"null", "holds a NoneType, not an object"),
+    ],
+)
+def test_what_is_no_json_object_is_refused_by_name(
+    content: bytes | None, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "thing.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ToolchainError, match=rf"thing\.json {message}"):
+        read_json(path)
+
+
+def test_a_directory_is_no_json(tmp_path: Path) -> None:
+    with pytest.raises(ToolchainError, match="cannot be read as JSON"):
+        read_json(tmp_path)
+
+
+def test_json_reads_as_it_was_written(tmp_path: Path) -> None:
+    value = {"name": "é", "list": [1, 2.5, None]}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_is_no_number_is_not_written_over_what_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"harm": 1.0})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"harm": float("nan")})
+    assert json.loads(path.read_text()) == {"harm": 1.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_digest_is_that_of_the_content(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256(tmp_path / "file") == known
