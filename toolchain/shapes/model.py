@@ -5,6 +5,7 @@ Also what the tests use at a few kilobytes, with random weights, to stand for an
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +96,7 @@ def build_tokenizer(num_tokens: int) -> CLIPTokenizer:
     learner.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=512, end_of_word_suffix="</w>", show_progress=False)
     learner.train_from_iterator((next(stream).text for _ in range(4000)), trainer)
-    merges = [tuple(pair) for pair in _merges(learner)]
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["".join(pair) for pair in merges]
     tokens = [*letters, *(letter + "</w>" for letter in letters), *words]
@@ -124,15 +125,6 @@ def build_vae(config: ShapesConfig) -> AutoencoderKL:
         use_post_quant_conv=False,
         mid_block_add_attention=False,
     )
-
-
-def _merges(learner: Tokenizer) -> list[list[str]]:
-    import json
-
-    return [
-        pair.split(" ") if isinstance(pair, str) else pair
-        for pair in json.loads(learner.to_str())["model"]["merges"]
-    ]
 
 
 def _build_text_encoder(
