@@ -13,7 +13,6 @@ import onnxruntime
 import torch
 
 from export.errors import ExportError
-from toolchain.families.sd3 import encode_prompts
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -79,7 +78,7 @@ def transformer_cases(model: Model, token_counts: tuple[int, int], *, seed: int 
     """
     transformer, generator = model.pipeline.transformer, torch.Generator().manual_seed(seed)
     config, largest = transformer.config, transformer.config.pos_embed_max_size
-    text = encode_prompts(model.pipeline, list(_PROMPTS), model.defaults.max_sequence_length)
+    text = model.mmdit.encode_prompts(model.pipeline, list(_PROMPTS), model.defaults.max_sequence_length)
     sizes = {(min(4, largest), min(4, largest)), (min(3, largest), min(6, largest))}
     cases = []
     for (rows, columns), batch, tokens in product(sorted(sizes), _BATCHES, sorted(set(token_counts))):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from toolchain.errors import ToolchainError
-from toolchain.families.sd3 import TextStates, encode_prompts, velocity
+from toolchain.families.mmdit import TextStates
 from toolchain.families.view import Model
 
 
@@ -43,8 +43,7 @@ class States:
     ) -> tuple[torch.Tensor, torch.Tensor, TextStates, torch.Tensor]:
         """Latents, timesteps, text and teacher's velocities of some states."""
         index = self.prompt_index[rows]
-        text = TextStates(tokens_BTJ=self.text.tokens_BTJ[index], pooled_BP=self.text.pooled_BP[index])
-        return self.latents[rows], self.timesteps[rows], text, self.velocities[rows]
+        return self.latents[rows], self.timesteps[rows], self.text.index(index), self.velocities[rows]
 
 
 @torch.no_grad()
@@ -71,9 +70,8 @@ def sample_states(
     Raises:
         ToolchainError: The model's velocities are not finite.
     """
-    pipeline, defaults = model.pipeline, model.defaults
-    guided = defaults.guidance_scale > 1
-    text = encode_prompts(pipeline, [*prompts, ""], defaults.max_sequence_length)
+    pipeline, defaults, mmdit, guided = model.pipeline, model.defaults, model.mmdit, model.guided
+    text = mmdit.encode_prompts(pipeline, [*prompts, ""], defaults.max_sequence_length)
     empty = len(prompts)
     shape = (len(prompts), *model.latent_shape)
     noise = torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
@@ -82,13 +80,13 @@ def sample_states(
         index = torch.arange(start, min(start + batch_size, len(prompts)))
         latents = noise[index]
         both = torch.cat([torch.full_like(index, empty), index]) if guided else index
-        states = TextStates(tokens_BTJ=text.tokens_BTJ[both], pooled_BP=text.pooled_BP[both])
+        states = text.index(both)
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-        scheduler.set_timesteps(defaults.num_inference_steps)
+        mmdit.set_timesteps(scheduler, defaults.num_inference_steps, *model.latent_shape[1:])
         for timestep in scheduler.timesteps:
             doubled = torch.cat([latents, latents]) if guided else latents
             timesteps = timestep.expand(len(doubled))
-            predicted = velocity(pipeline.transformer, doubled, timesteps, states)
+            predicted = mmdit.velocity(doubled, timesteps, states)
             parts.append((doubled, timesteps, predicted, both))
             if guided:
                 free, asked = predicted.chunk(2)

@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion 3 pipeline with random weights, on disk as any checkpoint is."""
+"""Tiny pipelines of each family with random weights, on disk as any checkpoint is."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from torch import nn
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
 from toolchain.families import GenerationDefaults, Model, open_model
-from toolchain.families.view import save_model_
-from toolchain.shapes.model import ShapesConfig, build_pipeline
+from toolchain.families.view import save_model
+from toolchain.shapes.model import ShapesConfig, build_pipeline, build_tokenizer, build_vae
 from toolchain.trajectories import States, sample_states
 
 
@@ -35,7 +41,7 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         world="shapes",
     )
-    save_model_(model, path)
+    save_model(model, path)
     return path
 
 
@@ -45,13 +51,94 @@ def tiny_sd35_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ShapesConfig(num_layers=6, text_layers=2, vae_channels=(8, 8, 8, 8), num_attention_heads=1)
     pipeline = build_pipeline(config)
     nn.init.normal_(pipeline.transformer.proj_out.weight, std=0.05)
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -3.0) for letter in "▁abcdefghi")]
-    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0)
-    width = pipeline.transformer.config.joint_attention_dim
-    t5 = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    parts = pipeline.components | {"text_encoder_3": T5EncoderModel(t5), "tokenizer_3": tokenizer}
+    t5, tokenizer = tiny_t5(pipeline.transformer.config.joint_attention_dim)
+    parts = pipeline.components | {"text_encoder_3": t5, "tokenizer_3": tokenizer}
     path = tmp_path_factory.mktemp("models") / "sd35"
     StableDiffusion3Pipeline(**parts).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def tiny_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -3.0) for letter in "▁abcdefghi")]
+    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return T5EncoderModel(config), tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_dual_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of SD3.5-Medium's blocks: the first ones attend to the picture a second time."""
+    config = ShapesConfig(num_layers=1, text_layers=2, vae_channels=(8, 8, 8, 8))
+    pipeline = build_pipeline(config)
+    transformer = SD3Transformer2DModel.from_config(
+        pipeline.transformer.config, num_layers=4, dual_attention_layers=(0, 1), attention_head_dim=16,
+        caption_projection_dim=32,
+    )  # fmt: skip
+    parts = pipeline.components | {"transformer": randomized(transformer)}
+    return saved(StableDiffusion3Pipeline(**parts), tmp_path_factory.mktemp("models") / "dual")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of FLUX.1-schnell's layout, in bfloat16."""
+    tokenizer = build_tokenizer(16)
+    clip = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, projection_dim=16,
+        num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    t5, t5_tokenizer = tiny_t5(24)
+    transformer = FluxTransformer2DModel(
+        in_channels=32, num_layers=2, num_single_layers=3, num_attention_heads=2, attention_head_dim=16,
+        joint_attention_dim=24, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    pipeline = FluxPipeline(
+        transformer=randomized(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=build_vae(ShapesConfig(vae_channels=(8, 8, 8, 8))),
+        text_encoder=CLIPTextModel(clip),
+        tokenizer=tokenizer,
+        text_encoder_2=t5,
+        tokenizer_2=t5_tokenizer,
+    )
+    path = tmp_path_factory.mktemp("models") / "flux"
+    return saved(pipeline, path, guidance_scale=0.0, max_sequence_length=8)
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return module
+
+
+def saved(pipeline: object, path: Path, *, guidance_scale: float = 3.0, max_sequence_length: int = 0) -> Path:
+    path.mkdir()
+    defaults = GenerationDefaults(
+        num_inference_steps=2,
+        guidance_scale=guidance_scale,
+        max_sequence_length=max_sequence_length,
+        height=64,
+        width=64,
+    )
+    save_model(
+        Model(
+            source=path.name,
+            path=path,
+            pipeline=pipeline,
+            stored_dtype=torch.bfloat16,
+            defaults=defaults,
+            world=None,
+        ),
+        path,
+    )
+    return path
+
+
+@pytest.fixture(params=["tiny_path", "tiny_dual_path", "tiny_flux_path"])
+def any_path(request: pytest.FixtureRequest) -> Path:
+    """One of each kind of blocks."""
+    path: Path = request.getfixturevalue(request.param)
     return path
 
 

@@ -1,4 +1,4 @@
-"""Opening, pruning, saving and teaching models, on a tiny pipeline with random weights."""
+"""Opening, saving and sampling from models, on tiny pipelines with random weights."""
 
 from __future__ import annotations
 
@@ -13,29 +13,13 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from toolchain.analysis import analyze, velocity_errors
-from toolchain.distill import distill_
 from toolchain.errors import ToolchainError
 from toolchain.families import GenerationDefaults, Model, open_model
-from toolchain.families.sd3 import block_parameters, velocity, without_blocks
-from toolchain.families.view import save_model_
-from toolchain.optimize import Schedule
-from toolchain.plan import CompressionPlan
-from toolchain.prune import freeze_preserved_, prune
+from toolchain.families.view import save_model
 from toolchain.trajectories import States, sample_states
-
-PLAN = CompressionPlan(
-    model="tiny",
-    num_blocks=6,
-    removed_blocks=(2, 4),
-    frozen_blocks=(0, 1),
-    ratio_asked=0.3,
-    ratio_reached=0.3,
-)
 
 
 def test_a_name_that_is_no_model_is_refused(tmp_path: Path) -> None:
@@ -46,9 +30,19 @@ def test_a_name_that_is_no_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unsupported_class_is_named_with_what_is_supported(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(ToolchainError, match="is a FluxPipeline; supported: StableDiffusion3Pipeline"):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    with pytest.raises(
+        ToolchainError,
+        match="is a StableDiffusionPipeline; supported: StableDiffusion3Pipeline, FluxPipeline",
+    ):
         open_model(str(tmp_path))
+
+
+def test_a_transformer_of_another_family_is_refused(tiny_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_path, tmp_path / "model")
+    change(tmp_path / "model/model_index.json", transformer=["diffusers", "FluxTransformer2DModel"])
+    with pytest.raises(ToolchainError, match="that of a StableDiffusion3Pipeline is a SD3Transformer2DModel"):
+        open_model(str(tmp_path / "model"))
 
 
 def test_unknown_generation_defaults_are_refused(tiny_path: Path, tmp_path: Path) -> None:
@@ -60,45 +54,8 @@ def test_unknown_generation_defaults_are_refused(tiny_path: Path, tmp_path: Path
         open_model(str(tmp_path))
 
 
-def test_a_view_without_blocks_shares_weights_and_leaves_the_model_whole(tiny: Model) -> None:
-    whole = tiny.pipeline.transformer
-    part = without_blocks(whole, [2, 4])
-    assert [id(block) for block in part.transformer_blocks] == [
-        id(whole.transformer_blocks[index]) for index in (0, 1, 3, 5)
-    ]
-    assert (part.config.num_layers, whole.config.num_layers) == (4, 6)
-    assert len(whole.transformer_blocks) == 6
-
-
-def test_dual_attention_layers_are_renumbered(tiny: Model) -> None:
-    tiny.pipeline.transformer.register_to_config(dual_attention_layers=(0, 1, 2, 3))
-    part = without_blocks(tiny.pipeline.transformer, [1, 4])
-    assert part.config.dual_attention_layers == (0, 1, 2)
-
-
-def test_plain_diffusers_loads_a_student_and_paints_the_same(tiny: Model, tmp_path: Path) -> None:
-    save_model_(prune(tiny, PLAN), tmp_path)
-    plain = StableDiffusion3Pipeline.from_pretrained(tmp_path, text_encoder_3=None, tokenizer_3=None)
-    plain.set_progress_bar_config(disable=True)
-    student = open_model(str(tmp_path))
-    noise = np.random.default_rng(0).standard_normal((1, *student.latent_shape), dtype=np.float32)
-    defaults = student.defaults
-    picture = plain(
-        ["a red circle"],
-        num_inference_steps=defaults.num_inference_steps,
-        guidance_scale=defaults.guidance_scale,
-        max_sequence_length=0,
-        height=64,
-        width=64,
-        latents=torch.from_numpy(noise),
-        output_type="np",
-    ).images
-    assert plain.transformer.config.num_layers == 4
-    assert np.array_equal((picture * 255).round().astype("uint8"), student.paint(["a red circle"], noise))
-
-
 def test_a_student_keeps_the_precision_its_teacher_is_stored_in(tiny: Model, tmp_path: Path) -> None:
-    save_model_(prune(tiny, PLAN), tmp_path)
+    save_model(tiny, tmp_path)
     assert open_model(str(tmp_path)).stored_dtype == torch.float16
     size = (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
     assert size == pytest.approx(2 * open_model(str(tmp_path)).num_parameters, rel=0.05)
@@ -107,7 +64,7 @@ def test_a_student_keeps_the_precision_its_teacher_is_stored_in(tiny: Model, tmp
 def test_states_hold_what_the_teacher_says_there(tiny: Model, states: States) -> None:
     latents, timesteps, text, said = states.batch(slice(None))
     with torch.no_grad():
-        again = velocity(tiny.pipeline.transformer, latents, timesteps, text)
+        again = tiny.mmdit.velocity(latents, timesteps, text)
     assert len(states) == 2 * 2 * 2  # prompts, steps, with and without the prompt
     torch.testing.assert_close(again, said, rtol=1e-4, atol=1e-5)
 
@@ -125,53 +82,6 @@ def test_sampling_passes_through_the_states_of_the_pipeline(tiny: Model) -> None
         assert (expected - state).abs().amax(dim=1).min() < 1e-4
 
 
-def test_removing_nothing_does_no_harm(tiny: Model, states: States) -> None:
-    assert velocity_errors(tiny.pipeline.transformer, states).max() < 1e-8
-
-
-def test_a_block_that_does_nothing_is_found_harmless(tiny: Model) -> None:
-    block = tiny.pipeline.transformer.transformer_blocks[3]
-    for gate in (block.norm1, block.norm1_context):  # gates come from here: zero gates, no residual
-        torch.nn.init.zeros_(gate.linear.weight)
-        torch.nn.init.zeros_(gate.linear.bias)
-    harms = [item.harm for item in analyze(tiny, sample_states(tiny, ["two squares"], seed=0), seed=0).blocks]
-    assert harms[3] < 1e-10
-    assert min(harm for index, harm in enumerate(harms) if index != 3) > 1e-6
-
-
-def test_distillation_brings_the_student_nearer_and_keeps_the_rest(tiny: Model, states: States) -> None:
-    before = {name: item.clone() for name, item in tiny.pipeline.transformer.state_dict().items()}
-    student = prune(tiny, PLAN)
-    transformer = student.pipeline.transformer
-    pruned = {name: item.clone() for name, item in transformer.state_dict().items()}
-    freeze_preserved_(student, PLAN)
-    wrong = float(velocity_errors(transformer, states).mean())
-    schedule = Schedule(steps=30, learning_rate=1e-3, warmup_steps=2)
-    distill_(student, states, schedule, batch_size=8, seed=0)
-    assert float(velocity_errors(transformer, states).mean()) < 0.5 * wrong
-
-    changed = {name for name, item in transformer.state_dict().items() if not torch.equal(item, pruned[name])}
-    preserved = (
-        "transformer_blocks.0.",
-        "transformer_blocks.1.",
-        "pos_embed",
-        "time_text_embed",
-        "context_e",
-    )
-    assert changed
-    assert not [name for name in changed if name.startswith(preserved)]
-    for name, item in tiny.pipeline.transformer.state_dict().items():
-        assert torch.equal(item, before[name])
-
-
-def test_parameters_of_the_blocks_add_up(tiny: Model) -> None:
-    transformer = tiny.pipeline.transformer
-    outside = sum(
-        item.numel() for name, item in transformer.named_parameters() if "transformer_blocks" not in name
-    )
-    assert sum(block_parameters(transformer)) + outside == tiny.num_parameters
-
-
 def change(path: Path, **values: object) -> None:
     """Change keys of a JSON file; None takes one out."""
     data = json.loads(path.read_text()) | values
@@ -185,6 +95,8 @@ def rewrite(path: Path, alter: Callable[[dict[str, torch.Tensor]], object]) -> N
 
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+TEXT_ENCODER = "text_encoder/model.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -203,6 +115,28 @@ TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
         pytest.param(
             lambda path: rewrite(path / TRANSFORMER, lambda tensors: tensors.pop("proj_out.weight")),
             id="a tensor is missing",
+        ),
+        pytest.param(
+            lambda path: rewrite(
+                path / TRANSFORMER, lambda tensors: tensors.update(extra=tensors["proj_out.weight"].clone())
+            ),
+            id="a tensor too many",
+        ),
+        pytest.param(
+            lambda path: rewrite(path / VAE, lambda tensors: tensors.pop("decoder.conv_in.weight")),
+            id="a tensor of the vae is missing",
+        ),
+        pytest.param(
+            lambda path: rewrite(
+                path / TEXT_ENCODER, lambda tensors: tensors.pop("text_model.final_layer_norm.weight")
+            ),
+            id="a tensor of a text encoder is missing",
+        ),
+        pytest.param(
+            lambda path: change(path / "transformer/config.json", num_layers=5), id="fewer blocks than stored"
+        ),
+        pytest.param(
+            lambda path: change(path / "model_index.json", vae=["os", "system"]), id="a part of no library"
         ),
         pytest.param(
             lambda path: change(path / "generation_defaults.json", num_inference_steps="two"),
@@ -296,28 +230,8 @@ def test_what_is_no_hub_id_is_not_asked_for(source: str, monkeypatch: pytest.Mon
         open_model(source)
 
 
-def test_removing_no_block_changes_nothing(tiny: Model, states: States) -> None:
-    latents, timesteps, text, _ = states.batch(slice(None))
-    whole = tiny.pipeline.transformer
-    with torch.no_grad():
-        same = velocity(without_blocks(whole, []), latents, timesteps, text)
-        assert torch.equal(same, velocity(whole, latents, timesteps, text))
-
-
-def test_saving_and_opening_a_student_changes_no_pixel(tiny: Model, tmp_path: Path) -> None:
-    """What it was opened from is in 16 bits, so these weights lose nothing when they are stored again."""
-    student = prune(tiny, PLAN)
-    noise = np.random.default_rng(1).standard_normal((1, *student.latent_shape), dtype=np.float32)
-    before = student.paint(["two blue squares"], noise)
-    save_model_(student, tmp_path)
-    again = open_model(str(tmp_path))
-    assert np.ptp(before) > 0
-    assert np.array_equal(again.paint(["two blue squares"], noise), before)
-    assert (again.defaults, again.world) == (student.defaults, "shapes")
-
-
 def test_a_saved_model_is_readable_by_all_and_free_of_pickles_and_paths(tiny: Model, tmp_path: Path) -> None:
-    save_model_(prune(tiny, PLAN), tmp_path)
+    save_model(tiny, tmp_path)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in files)
@@ -363,83 +277,62 @@ def test_states_do_not_depend_on_how_many_pictures_are_sampled_at_once(tiny: Mod
     assert distances.min(dim=1).values.max() < 1e-4
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_sampling_ends_where_the_pipeline_ends(scale: float, tiny: Model) -> None:
-    model = replace(tiny, defaults=replace(tiny.defaults, guidance_scale=scale, num_inference_steps=3))
-    states = sample_states(model, ["a red circle"], seed=3)
-    last = states.timesteps == states.timesteps.min()
-    velocities = {
-        int(index): said
-        for index, said in zip(states.prompt_index[last], states.velocities[last], strict=True)
-    }
-    asked, free = velocities[0], velocities.get(1, velocities[0])
-    sigma = states.timesteps.min() / 1000  # the step after the last one goes to 0
-    ended = states.latents[last][0] - sigma * (free + scale * (asked - free))
-
-    noise = np.random.default_rng(3).standard_normal((1, *model.latent_shape), dtype=np.float32)
-    expected = model.pipeline(
-        ["a red circle"],
-        num_inference_steps=3,
-        guidance_scale=scale,
-        max_sequence_length=0,
-        height=64,
-        width=64,
-        latents=torch.from_numpy(noise),
-        output_type="latent",
-    ).images[0]
-    torch.testing.assert_close(ended, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_errors_do_not_depend_on_the_batch(tiny: Model, states: States) -> None:
-    pruned = without_blocks(tiny.pipeline.transformer, [3])
-    one, all_at_once = (velocity_errors(pruned, states, batch_size=size) for size in (1, 64))
-    assert one.shape == (len(states),)
-    assert all_at_once.min() > 1e-6
-    torch.testing.assert_close(one, all_at_once, rtol=1e-3, atol=1e-8)
-
-
-def test_an_analysis_is_of_each_block_alone_and_leaves_the_model_whole(tiny: Model, states: States) -> None:
-    transformer = tiny.pipeline.transformer
-    before = {name: item.clone() for name, item in transformer.state_dict().items()}
-    done: list[int] = []
-    found = analyze(tiny, states, seed=5, on_block=lambda: done.append(1))
-    assert [item.block for item in found.blocks] == list(range(6))
-    assert [item.num_parameters for item in found.blocks] == block_parameters(transformer)
-    assert (found.total_parameters, found.num_states, found.seed) == (tiny.num_parameters, 8, 5)
-    assert len(done) == 6
-    alone = velocity_errors(without_blocks(transformer, [3]), states)
-    assert found.blocks[3].harm == float(alone.mean())
-    assert found.blocks[3].standard_error == pytest.approx(float(alone.std()) / 8**0.5)
-    assert transformer.config.num_layers == len(transformer.transformer_blocks) == 6
-    assert all(torch.equal(item, before[name]) for name, item in transformer.state_dict().items())
-
-
-def test_a_distillation_that_was_stopped_ends_as_an_undisturbed_one(
-    tiny: Model, states: States, tmp_path: Path
+def test_a_local_directory_does_not_hide_the_model_that_comes_with_the_tool(
+    tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    schedule = Schedule(steps=4, learning_rate=1e-3, warmup_steps=0, checkpoint_every=2)
-
-    def stop(step: int, _: float) -> None:
-        if step == 2:
-            raise KeyboardInterrupt
-
-    def taught(*stops: bool) -> dict[str, torch.Tensor]:
-        student = prune(tiny, PLAN)
-        freeze_preserved_(student, PLAN)
-        state = tmp_path / "state.safetensors" if stops else None
-        on_step = stop if any(stops) else None
-        distill_(student, states, schedule, batch_size=4, seed=1, checkpoint=state, on_step=on_step)
-        return dict(student.pipeline.transformer.state_dict())
-
-    with pytest.raises(KeyboardInterrupt):
-        taught(True)
-    resumed, undisturbed = taught(False), taught()
-    assert resumed.keys() == undisturbed.keys()
-    assert all(torch.equal(item, undisturbed[name]) for name, item in resumed.items())
+    (tmp_path / "shapes").symlink_to(tiny_path)
+    monkeypatch.chdir(tmp_path)
+    assert len(open_model("shapes").mmdit.blocks) == 16
+    assert len(open_model("./shapes").mmdit.blocks) == 6
 
 
-def test_a_student_shares_no_weight_that_learns_with_its_teacher(tiny: Model) -> None:
-    student = prune(tiny, PLAN)
-    teacher = {item.data_ptr() for item in tiny.pipeline.transformer.parameters()}
-    assert not teacher & {item.data_ptr() for item in student.pipeline.transformer.parameters()}
-    assert tiny.pipeline.transformer.config.num_layers == 6
+def test_a_model_opens_as_it_is_stored_where_that_is_asked_for(any_path: Path) -> None:
+    whole, stored = open_model(str(any_path)), open_model(str(any_path), precision="stored")
+    weights = stored.pipeline.transformer.state_dict()
+    assert {item.dtype for item in weights.values()} == {stored.stored_dtype} == {whole.stored_dtype}
+    for name, item in whole.pipeline.transformer.state_dict().items():
+        assert torch.equal(item, weights[name].float())
+    for part in stored.pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            assert {item.dtype for item in part.parameters()} == {stored.stored_dtype}
+
+
+def test_a_transformer_in_shards_is_the_same(any_path: Path, tmp_path: Path) -> None:
+    model = open_model(str(any_path), precision="stored")
+    shutil.copytree(any_path, tmp_path / "model")
+    part = tmp_path / "model/transformer"
+    (part / "diffusion_pytorch_model.safetensors").unlink()
+    model.pipeline.transformer.save_pretrained(part, max_shard_size="50KB")
+    assert len(list(part.glob("*.safetensors"))) > 1
+    again = open_model(str(tmp_path / "model"))
+    for name, item in open_model(str(any_path)).pipeline.transformer.state_dict().items():
+        assert torch.equal(item, again.pipeline.transformer.state_dict()[name])
+
+
+@pytest.mark.parametrize(("embeds", "expected"), [(True, (28, 3.5, 512)), (False, (4, 0.0, 512))])
+def test_flux_that_says_nothing_of_itself_runs_as_it_was_distilled(
+    embeds: bool, expected: tuple[int, float, int], tiny_flux_path: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(tiny_flux_path, path)
+    (path / "generation_defaults.json").unlink()
+    model = open_model(str(path))
+    if embeds:
+        config = {**model.pipeline.transformer.config, "guidance_embeds": True}
+        transformer = type(model.pipeline.transformer).from_config(config)
+        transformer.save_pretrained(path / "transformer")
+        model = open_model(str(path))
+    found = model.defaults
+    assert (found.num_inference_steps, found.guidance_scale, found.max_sequence_length) == expected
+    assert (found.height, model.latent_shape, model.guided) == (1024, (8, 128, 128), False)
+
+
+def test_a_tied_weight_is_not_missed_but_one_of_t5_is(tiny_sd35_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(tiny_sd35_path, path)
+    weights = path / "text_encoder_3/model.safetensors"
+    assert "encoder.embed_tokens.weight" not in load_file(weights)
+    open_model(str(path))
+    rewrite(weights, lambda tensors: tensors.pop("encoder.final_layer_norm.weight"))
+    with pytest.raises(ToolchainError, match=r"lacks weights of its text_encoder_3: encoder\.final_layer"):
+        open_model(str(path))

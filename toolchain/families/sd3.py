@@ -1,79 +1,191 @@
-"""Stable Diffusion 3 and 3.5: its blocks, how to take some out, and how to call it.
-
-Shapes are written B batch, C channels, H and W latent height and width, T text tokens, J joint width,
-P pooled width.
-"""
+"""Stable Diffusion 3 and 3.5: blocks of two streams, the last of which ends the text."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from diffusers.models.normalization import AdaLayerNormContinuous
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import nn
 
+from toolchain.families.blocks import (
+    Modulation,
+    SparseJointBlock,
+    joint_geometry,
+    linear_flops,
+    pick_rows,
+    rows_of,
+)
+from toolchain.families.mmdit import (
+    MMDiT,
+    OpenedByOurselves,
+    Streams,
+    TextStates,
+    shallow_copy,
+)
+from toolchain.geometry import Block, Semantics
 
-@dataclass(frozen=True, kw_only=True)
-class TextStates:
-    """What the text encoders make of a list of prompts."""
 
-    tokens_BTJ: torch.Tensor
-    pooled_BP: torch.Tensor
+class SparseSD3Transformer2DModel(OpenedByOurselves, SD3Transformer2DModel):  # type: ignore[misc]
+    """A transformer some of whose blocks lack components."""
 
 
-def encode_prompts(
-    pipeline: StableDiffusion3Pipeline, prompts: list[str], max_sequence_length: int
-) -> TextStates:
-    """Encode prompts as the pipeline does for itself."""
-    with torch.no_grad():
-        tokens, _, pooled, _ = pipeline.encode_prompt(
-            prompt=prompts,
-            prompt_2=None,
-            prompt_3=None,
-            do_classifier_free_guidance=False,
-            max_sequence_length=max_sequence_length,
+class SparseSD3Block(SparseJointBlock):
+    """Called as diffusers' transformer calls its own."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Text and image behind the block."""
+        return self.run(hidden_states, encoder_hidden_states, temb, **(joint_attention_kwargs or {}))
+
+
+class SD3(MMDiT):
+    """Stable Diffusion 3 and 3.5."""
+
+    family = "sd3"
+    classifier_free = True
+    plain = SD3Transformer2DModel
+    sparse = SparseSD3Transformer2DModel
+    embedders = ("pos_embed", "time_text_embed", "context_embedder")
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """In the order they run."""
+        return list(self.transformer.transformer_blocks)
+
+    @property
+    def latent_channels(self) -> int:
+        """C."""
+        return int(self.transformer.config.in_channels)
+
+    @property
+    def patch_size(self) -> int:
+        """Latents on a side that make one image token."""
+        return int(self.transformer.config.patch_size)
+
+    def begin(self, latents_BCHW: torch.Tensor, timesteps_B: torch.Tensor, text: TextStates) -> Streams:
+        """What the first block is given."""
+        transformer = self.transformer
+        return Streams(
+            image_BND=transformer.pos_embed(latents_BCHW).contiguous(),
+            text_BTD=transformer.context_embedder(text.tokens_BTJ),
+            conditioning_BD=transformer.time_text_embed(timesteps_B, text.pooled_BP),
+            rotary=None,
+            size=(latents_BCHW.shape[2], latents_BCHW.shape[3]),
         )
-    return TextStates(tokens_BTJ=tokens, pooled_BP=pooled)
 
+    def apply(self, block: nn.Module, streams: Streams) -> Streams:
+        """One block."""
+        text, image = block(
+            hidden_states=streams.image_BND,
+            encoder_hidden_states=streams.text_BTD,
+            temb=streams.conditioning_BD,
+        )
+        return replace(streams, image_BND=image, text_BTD=text)
 
-def velocity(
-    transformer: SD3Transformer2DModel,
-    latents_BCHW: torch.Tensor,
-    timesteps_B: torch.Tensor,
-    text: TextStates,
-) -> torch.Tensor:
-    """The transformer's velocity [B, C, H, W]; timesteps run from 0 (clean) to 1000 (noise)."""
-    output: torch.Tensor = transformer(
-        hidden_states=latents_BCHW,
-        timestep=timesteps_B,
-        encoder_hidden_states=text.tokens_BTJ,
-        pooled_projections=text.pooled_BP,
-        return_dict=False,
-    )[0]
-    return output
+    def end(self, streams: Streams) -> torch.Tensor:
+        """The velocity [B, C, H, W]."""
+        transformer = self.transformer
+        patches = transformer.proj_out(transformer.norm_out(streams.image_BND, streams.conditioning_BD))
+        side, channels = self.patch_size, transformer.out_channels
+        rows, columns = (length // side for length in streams.size)
+        patches = patches.reshape(len(patches), rows, columns, side, side, channels)
+        patches = torch.einsum("nhwpqc->nchpwq", patches)
+        return patches.reshape(len(patches), channels, rows * side, columns * side)
 
+    @classmethod
+    def encode_prompts(
+        cls, pipeline: StableDiffusion3Pipeline, prompts: list[str], max_sequence_length: int
+    ) -> TextStates:
+        """Encode prompts as the pipeline does for itself."""
+        with torch.no_grad():
+            tokens, _, pooled, _ = pipeline.encode_prompt(
+                prompt=prompts,
+                prompt_2=None,
+                prompt_3=None,
+                do_classifier_free_guidance=False,
+                max_sequence_length=max_sequence_length,
+            )
+        return TextStates(tokens_BTJ=tokens, pooled_BP=pooled)
 
-def block_parameters(transformer: SD3Transformer2DModel) -> list[int]:
-    """Number of parameters of every block."""
-    return [sum(item.numel() for item in block.parameters()) for block in transformer.transformer_blocks]
+    @classmethod
+    def num_text_tokens(cls, pipeline: StableDiffusion3Pipeline, max_sequence_length: int) -> int:
+        """CLIP's, then T5's, which are zeros where there is no T5."""
+        return int(pipeline.tokenizer_max_length) + max_sequence_length
 
+    def set_timesteps(
+        self, scheduler: FlowMatchEulerDiscreteScheduler, num_inference_steps: int, height: int, width: int
+    ) -> None:
+        """Lay out the steps as the pipeline does, shifted by size only where the scheduler says so."""
+        config, mu = scheduler.config, None
+        if config.get("use_dynamic_shifting"):
+            mu = calculate_shift(
+                (height // self.patch_size) * (width // self.patch_size),
+                config.get("base_image_seq_len", 256),
+                config.get("max_image_seq_len", 4096),
+                config.get("base_shift", 0.5),
+                config.get("max_shift", 1.16),
+            )
+        scheduler.set_timesteps(num_inference_steps, mu=mu)
 
-def without_blocks(transformer: SD3Transformer2DModel, removed: Collection[int]) -> SD3Transformer2DModel:
-    """A transformer without some of its blocks, the rest renumbered; it shares all its weights.
+    def _block_geometry(self, block: nn.Module, image_tokens: int, text_tokens: int) -> Block:
+        return joint_geometry(block, image_tokens, text_tokens, text_may_end=True)
 
-    Removing a block lets both streams pass by it: every sub-block is a residual. A student that is to
-    be saved keeps the last block, since diffusers builds the last one without a text stream.
-    """
-    num_layers = len(transformer.transformer_blocks)
-    kept = [index for index in range(num_layers) if index not in removed]
-    student = copy.copy(transformer)
-    student._modules = {**transformer._modules}
-    student.transformer_blocks = nn.ModuleList(transformer.transformer_blocks[index] for index in kept)
-    dual = transformer.config.dual_attention_layers
-    student.register_to_config(
-        num_layers=len(kept),
-        dual_attention_layers=tuple(new for new, old in enumerate(kept) if old in dual),
-    )
-    return student
+    def _other_flops(self, image_tokens: int, text_tokens: int) -> int:
+        own = self.transformer
+        return (
+            linear_flops([own.pos_embed, own.proj_out], image_tokens)
+            + linear_flops([own.context_embedder], text_tokens)
+            + linear_flops([own.time_text_embed, own.norm_out], 1)
+        )
+
+    def _modules_of(self, block: nn.Module, component: str) -> tuple[nn.Module | None, ...]:
+        return (getattr(block, component),)
+
+    def _thinned(self, block: nn.Module, removed: Collection[str], semantics: Semantics) -> nn.Module:
+        return SparseSD3Block(block, removed, semantics)
+
+    def _ended(self, block: Any) -> Any:
+        """The block without what only makes the text for a next one, as diffusers builds the last."""
+        if block.context_pre_only:
+            return block
+        new: Any = shallow_copy(block)
+        new.context_pre_only = True
+        new.ff_context = None
+        if getattr(new.attn, "to_add_out", None) is not None:
+            new.attn = shallow_copy(new.attn)
+            new.attn.context_pre_only = True
+            new.attn.to_add_out = None
+        norm, rows = block.norm1_context, ("scale_msa", "shift_msa")
+        if isinstance(block, SparseJointBlock):
+            new.components = tuple(name for name in block.components if name != "ff_context")
+            read = block.attn is not None and norm is not None
+            new.norm1_context = Modulation(rows, pick_rows(norm.linear, norm.rows, rows)) if read else None
+            return new
+        new.norm2_context = None
+        width = norm.linear.in_features
+        with torch.device("meta"):
+            new.norm1_context = AdaLayerNormContinuous(width, width, elementwise_affine=False, eps=1e-6)
+        new.norm1_context.linear = pick_rows(norm.linear, rows_of(norm), rows)
+        return new
+
+    def _put_in_(self, transformer: Any, blocks: Sequence[tuple[int, nn.Module]]) -> None:
+        dual = transformer.config.dual_attention_layers
+        transformer.transformer_blocks = nn.ModuleList(block for _, block in blocks)
+        transformer.register_to_config(
+            num_layers=len(blocks),
+            dual_attention_layers=tuple(new for new, (old, _) in enumerate(blocks) if old in dual),
+        )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,23 +19,28 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import torch
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import DiffusionPipeline
+
+    from toolchain.families.mmdit import MMDiT
+    from toolchain.geometry import Geometry
 
 BUILT_IN = "shapes"
 DEFAULTS_FILE = "generation_defaults.json"
 
-_SUPPORTED_PIPELINES = ("StableDiffusion3Pipeline",)
 _SCHEMA_VERSION = 1
+_MODULES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
+
+Precision = Literal["float32", "stored"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationDefaults:
-    """How a model is run unless told otherwise; the values here are diffusers' own for SD3."""
+    """How a model is run unless told otherwise; the values here are diffusers' own for Stable Diffusion 3."""
 
     num_inference_steps: int = 28
     guidance_scale: float = 7.0
     max_sequence_length: int = 256
-    """T5 tokens behind the CLIP tokens, zeros where there is no T5."""
+    """T5 tokens; in Stable Diffusion 3 behind the CLIP tokens, zeros where there is no T5."""
     height: int = 1024
     """Pixels, as `width`."""
     width: int = 1024
@@ -64,13 +70,37 @@ class Model:
     source: str
     """What the user called it: `shapes`, a directory or a hub id."""
     path: Path
-    pipeline: StableDiffusion3Pipeline
-    """In float32 on the CPU, ready for inference."""
+    pipeline: DiffusionPipeline
+    """On the CPU, ready for inference."""
     stored_dtype: torch.dtype
     """Precision of the transformer's weights on disk, which its students keep."""
     defaults: GenerationDefaults
     world: Literal["shapes"] | None
     """The built-in world whose captions and detector fit this model; None for all others."""
+
+    @property
+    def mmdit(self) -> MMDiT:
+        """The view of the transformer that every stage uses."""
+        return _family(type(self.pipeline).__name__)(
+            self.pipeline.transformer,
+            guidance_scale=self.defaults.guidance_scale,
+            vae_scale_factor=self.pipeline.vae_scale_factor,
+        )
+
+    @property
+    def geometry(self) -> Geometry:
+        """The transformer as numbers, for pictures and prompts of the default size."""
+        mmdit = self.mmdit
+        return mmdit.geometry(
+            height=self.defaults.height,
+            width=self.defaults.width,
+            text_tokens=mmdit.num_text_tokens(self.pipeline, self.defaults.max_sequence_length),
+        )
+
+    @property
+    def guided(self) -> bool:
+        """Whether each step of sampling asks twice, with the prompt and with the empty one."""
+        return self.mmdit.classifier_free and self.defaults.guidance_scale > 1
 
     @property
     def num_parameters(self) -> int:
@@ -81,7 +111,7 @@ class Model:
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the latents of a picture of the default size."""
         factor = self.pipeline.vae_scale_factor
-        channels = self.pipeline.transformer.config.in_channels
+        channels = self.mmdit.latent_channels
         return (channels, self.defaults.height // factor, self.defaults.width // factor)
 
     def paint(self, prompts: list[str], noise: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
@@ -99,36 +129,44 @@ class Model:
             max_sequence_length=self.defaults.max_sequence_length,
             height=self.defaults.height,
             width=self.defaults.width,
-            latents=torch.from_numpy(noise),
+            latents=self.mmdit.pipeline_latents(torch.from_numpy(noise)),
             output_type="np",
         ).images
         images: npt.NDArray[np.uint8] = (pictures * 255).round().astype("uint8")
         return images
 
 
-def open_model(source: str) -> Model:
+def open_model(source: str, *, precision: Precision = "float32") -> Model:
     """Open `shapes`, a local diffusers directory, or a pipeline on the Hugging Face hub.
 
+    Args:
+        source: A directory wins over a hub id of its name; `shapes` is always the model that comes with the
+            tool, and `./shapes` a directory of that name.
+        precision: `float32` is what a CPU computes and trains in, whatever the weights are stored in.
+            `stored` keeps the weights of each part as they lie on disk, without a second copy, for models of
+            billions of parameters; what is to learn of them is for the training to hold in float32.
+
     Raises:
-        ToolchainError: There is no such model, or its class is not supported.
+        ToolchainError: There is no such model, its class is not supported, or its files are damaged.
     """
     path = _resolve(source)
     index = read_json(path / "model_index.json")
     name = index.get("_class_name")
-    if name not in _SUPPORTED_PIPELINES:
+    if name not in _MODULES:
         raise ToolchainError(
-            f"{source} is a {name}; supported: {', '.join(_SUPPORTED_PIPELINES)} "
-            "(Stable Diffusion 3 and 3.5 and their students)"
+            f"{source} is a {name}; supported: {', '.join(_MODULES)} "
+            "(Stable Diffusion 3 and 3.5, FLUX.1, and their students)"
         )
-    defaults, world = _read_defaults(path)
-    pipeline = _load(source, path, index)
-    unit = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
-    if defaults.height % unit or defaults.width % unit:
+    family = _family(name)
+    part = index.get("transformer")
+    if not isinstance(part, list) or part[-1] not in (family.plain.__name__, family.sparse.__name__):
         raise ToolchainError(
-            f"{source} is to make pictures of {defaults.height}x{defaults.width} pixels, but it takes "
-            f"multiples of {unit} only; change {DEFAULTS_FILE}"
+            f"the transformer of {source} is {part}; that of a {name} is a {family.plain.__name__}"
         )
-    return Model(
+    transformer = read_json(path / "transformer" / "config.json")
+    defaults, world = _read_defaults(path, _own_defaults(family.family, transformer))
+    pipeline = _load(source, path, index, family, precision)
+    model = Model(
         source=source,
         path=path,
         pipeline=pipeline,
@@ -136,18 +174,25 @@ def open_model(source: str) -> Model:
         defaults=defaults,
         world=world,
     )
+    unit = pipeline.vae_scale_factor * model.mmdit.patch_size
+    if defaults.height % unit or defaults.width % unit:
+        raise ToolchainError(
+            f"{source} is to make pictures of {defaults.height}x{defaults.width} pixels, but it takes "
+            f"multiples of {unit} only; change {DEFAULTS_FILE}"
+        )
+    return model
 
 
-def save_model_(model: Model, path: Path) -> None:
+def save_model(model: Model, path: Path) -> None:
     """Write a pipeline as a plain diffusers directory, its generation defaults beside it.
 
     Args:
-        model: Its weights are cast in place to the precision they were stored in.
+        model: It is written in the precision it was stored in, and left as it is.
         path: An existing directory.
     """
     with _quiet():
-        model.pipeline.to(model.stored_dtype)
-        model.pipeline.save_pretrained(path, safe_serialization=True)
+        parts = {name: _cast(part, model.stored_dtype) for name, part in model.pipeline.components.items()}
+        type(model.pipeline)(**parts).save_pretrained(path, safe_serialization=True)
     for config in (path / "model_index.json", *path.glob("*/config.json")):
         # diffusers notes the directory a part was loaded from, which means nothing anywhere else.
         values = {key: value for key, value in read_json(config).items() if key != "_name_or_path"}
@@ -163,20 +208,29 @@ def save_model_(model: Model, path: Path) -> None:
     )
 
 
+def _cast(part: Any, dtype: torch.dtype) -> Any:
+    """A part in another precision; it shares nothing with the part, which other models may have in use."""
+    import torch
+
+    if not isinstance(part, torch.nn.Module) or {item.dtype for item in part.parameters()} == {dtype}:
+        return part
+    return copy.deepcopy(part).to(dtype)
+
+
 def built_in_path() -> Path:
     """Directory of the model that comes with the tool."""
     return Path(__file__).parent.parent / "shapes" / "weights"
 
 
 def _resolve(source: str) -> Path:
+    if source == BUILT_IN:
+        return built_in_path()
     if Path(source).is_dir():
         if not (Path(source) / "model_index.json").is_file():
             raise ToolchainError(
                 f"{source} is a directory without model_index.json; give that of a diffusers pipeline"
             )
         return Path(source)
-    if source == BUILT_IN:
-        return built_in_path()
     if source.count("/") != 1 or source.startswith((".", "/", "~")) or source.endswith("/"):
         raise ToolchainError(
             f"there is no model {source!r}: it is neither a directory here nor {BUILT_IN!r}, the model that "
@@ -197,25 +251,52 @@ def _resolve(source: str) -> Path:
         ) from error
 
 
-def _load(source: str, path: Path, index: dict[str, Any]) -> StableDiffusion3Pipeline:
+def _family(pipeline: str) -> type[MMDiT]:
+    if _MODULES[pipeline] == "sd3":
+        from toolchain.families.sd3 import SD3
+
+        return SD3
+    from toolchain.families.flux import Flux
+
+    return Flux
+
+
+def _load(
+    source: str, path: Path, index: dict[str, Any], family: type[MMDiT], precision: Precision
+) -> DiffusionPipeline:
+    import diffusers
     import torch
-    from diffusers import StableDiffusion3Pipeline
+    import transformers
     from safetensors import SafetensorError
 
-    # diffusers saves a part that is not there as [null, null], but wants to be told so when it loads.
-    absent = {name: None for name, part in index.items() if part == [None, None]}
+    parts: dict[str, Any] = {}
     try:
         with _quiet():
-            pipeline = StableDiffusion3Pipeline.from_pretrained(
-                path, dtype=torch.float32, use_safetensors=True, local_files_only=True, **absent
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            for name, part in index.items():
+                if name.startswith("_"):
+                    continue
+                where, (library, kind) = path / name, part
+                if kind is None:  # so diffusers notes a part that is not there
+                    parts[name] = None
+                elif name == "transformer":
+                    parts[name] = _load_transformer(source, where, family, precision)
+                else:
+                    module = {"diffusers": diffusers, "transformers": transformers}[library]
+                    options: dict[str, Any] = {"local_files_only": True}
+                    if weighs := name == "vae" or name.startswith(("text_encoder", "image_encoder")):
+                        # Either library only warns of what a file lacks, and makes it up.
+                        dtype = torch.float32 if precision == "float32" else _stored_dtype(where)
+                        options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+                    parts[name] = getattr(module, kind).from_pretrained(where, **options)
+                    if weighs:
+                        parts[name], report = parts[name]
+                        _require_all(source, name, report["missing_keys"], ())
+            pipeline = getattr(diffusers, index["_class_name"])(**parts)
+    except ToolchainError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ToolchainError(f"{source} cannot be opened as a diffusers pipeline: {reason}") from error
-    for name in ("transformer", "vae"):
-        # diffusers only warns of what a file lacks, and leaves whatever was in memory in its place.
-        if missing := sorted(getattr(pipeline, name).state_dict().keys() - _stored_names(path / name)):
-            raise ToolchainError(f"{source} lacks weights of its {name}: {', '.join(missing[:5])}")
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
@@ -223,29 +304,82 @@ def _load(source: str, path: Path, index: dict[str, Any]) -> StableDiffusion3Pip
     return pipeline
 
 
-def _stored_names(part: Path) -> set[str]:
+def _load_transformer(source: str, path: Path, family: type[MMDiT], precision: Precision) -> torch.nn.Module:
+    """A transformer with all weights of its files and no others, tensor by tensor."""
+    import torch
     from safetensors import safe_open
 
-    names: set[str] = set()
-    for file in part.glob("*.safetensors"):
+    from toolchain.families.mmdit import REMOVED_KEY, SEMANTICS_KEY
+
+    config = read_json(path / "config.json")
+    removed, semantics = config.pop(REMOVED_KEY, None), config.pop(SEMANTICS_KEY, None)
+    with torch.device("meta"):
+        transformer = family.plain.from_config(config)
+    if removed is not None:
+        gone = {int(block): tuple(names) for block, names in removed.items()}
+        transformer = family(transformer, guidance_scale=1.0).with_removed(gone, semantics).transformer
+    weights = {}
+    for file in _weight_files(path):
         with safe_open(file, framework="pt") as stored:
-            names.update(stored.keys())
-    return names
+            for name in stored.keys():  # noqa: SIM118 - it is no mapping
+                tensor = stored.get_tensor(name)
+                weights[name] = tensor.float() if precision == "float32" else tensor
+    expected = transformer.state_dict().keys()
+    _require_all(source, "transformer", expected - weights.keys(), weights.keys() - expected)
+    transformer.load_state_dict(weights, assign=True)
+    module: torch.nn.Module = transformer
+    return module
+
+
+def _require_all(source: str, part: str, missing: Iterable[str], unknown: Iterable[str]) -> None:
+    if names := sorted(missing):
+        raise ToolchainError(f"{source} lacks weights of its {part}: {', '.join(names[:5])}")
+    if names := sorted(unknown):
+        raise ToolchainError(
+            f"{source} holds weights its {part} has no place for: {', '.join(names[:5])}; "
+            "its config.json is that of another model"
+        )
+
+
+def _weight_files(part: Path) -> list[Path]:
+    """The safetensors of a part, in shards or whole; other variants beside them do not count."""
+    for stem in ("diffusion_pytorch_model", "model"):
+        shards = part / f"{stem}.safetensors.index.json"
+        if shards.exists():
+            return sorted({part / name for name in read_json(shards)["weight_map"].values()})
+        if (part / f"{stem}.safetensors").exists():
+            return [part / f"{stem}.safetensors"]
+    raise ToolchainError(f"{part} holds no weights as safetensors")
 
 
 def _stored_dtype(part: Path) -> torch.dtype:
     import torch
     from safetensors import safe_open
 
-    with safe_open(min(part.glob("*.safetensors")), framework="pt") as stored:
+    with safe_open(_weight_files(part)[0], framework="pt") as stored:
         name = stored.get_slice(next(iter(stored.keys()))).get_dtype()
-    return {"F32": torch.float32, "F16": torch.float16}.get(name, torch.bfloat16)
+    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    if name not in known:
+        raise ToolchainError(f"{part} is stored as {name}; supported: {', '.join(known)}")
+    return known[name]
 
 
-def _read_defaults(path: Path) -> tuple[GenerationDefaults, Literal["shapes"] | None]:
+def _own_defaults(family: str, transformer: dict[str, Any]) -> GenerationDefaults:
+    """How a model wants to be run that does not say so."""
+    if family == "sd3":
+        return GenerationDefaults()
+    if transformer.get("guidance_embeds"):
+        return GenerationDefaults(num_inference_steps=28, guidance_scale=3.5, max_sequence_length=512)
+    # Without an embedded guidance it is distilled to few steps, as FLUX.1-schnell.
+    return GenerationDefaults(num_inference_steps=4, guidance_scale=0.0, max_sequence_length=512)
+
+
+def _read_defaults(
+    path: Path, own: GenerationDefaults
+) -> tuple[GenerationDefaults, Literal["shapes"] | None]:
     stored = path / DEFAULTS_FILE
     if not stored.exists():
-        return GenerationDefaults(), None
+        return own, None
     values = read_json(stored)
     if values.pop("schema_version", None) != _SCHEMA_VERSION:
         raise ToolchainError(f"{stored} is not of schema version {_SCHEMA_VERSION}; update hptool")

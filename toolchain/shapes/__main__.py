@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from toolchain.artifacts import new_directory
 from toolchain.evaluate import evaluate_shapes
-from toolchain.families.view import GenerationDefaults, Model, open_model, save_model_
+from toolchain.families.view import GenerationDefaults, Model, open_model, save_model
 from toolchain.optimize import Schedule
 from toolchain.shapes import training
 from toolchain.shapes.model import GENERATION_DEFAULTS, ShapesConfig, build_pipeline
@@ -74,7 +74,7 @@ def train(
         world="shapes",
     )
     with new_directory(output) as directory:
-        save_model_(model, directory)
+        save_model(model, directory)
     score = evaluate_shapes(open_model(str(output)), num_per_task=100)
     rich.print(f"{output}: ShapesEval {score.mean:.3f} ± {score.standard_error:.3f}  {score.tasks}")
 
