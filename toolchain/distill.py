@@ -1,42 +1,437 @@
-"""Teaching a student to answer as its teacher did."""
+"""Teaching a student to answer as its teacher did: one loop for all families.
+
+Both models begin alike: up to the first block that the plan changes or lets learn they are one and the same
+storage. That prefix is computed once and without gradients; then the rest of the teacher, if its features
+are asked for, and the rest of the student go on from there, each for itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.nn import functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
-from toolchain.families.sd3 import velocity
+from toolchain.errors import ToolchainError
+from toolchain.families.mmdit import MMDiT, Streams, TextStates
 from toolchain.families.view import Model
+from toolchain.losses import LossWeights, feature_loss, output_loss
 from toolchain.optimize import Schedule, optimize_
+from toolchain.plan import EMBEDDERS, HEAD, CompressionPlan
+from toolchain.prefix import (
+    Resting,
+    digest,
+    moved,
+    read_stream_cache,
+    storage_key,
+    write_stream_cache,
+)
 from toolchain.trajectories import States
+
+Feature = tuple[torch.Tensor, torch.Tensor | None]
+"""Image and text behind a block; no text behind one that ends it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillRecipe:
+    """What is learned, and how."""
+
+    schedule: Schedule
+    batch_size: int
+    seed: int = 0
+    losses: LossWeights = field(default_factory=LossWeights)
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of matrix products; weights that learn, and their updates, are float32 in either case."""
+    checkpointing: bool = False
+    """Keep the inputs of blocks only, and compute the rest again for the gradient: a third more time for the
+    student's part, and the memory of one block instead of all. What is learned stays the same."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ToolchainError(f"the batch size is {self.batch_size}; it is at least 1")
+        if self.precision not in ("bfloat16", "float32"):
+            raise ToolchainError(f"unknown precision {self.precision!r}; there are bfloat16 and float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InTurn:
+    """Teacher and student take turns in memory: one answers for some steps, then the other learns them."""
+
+    steps: int
+    """A turn. The teacher's answers for so many steps are held in the machine's memory; each of its blocks
+    comes to the device once a turn, and is there alone."""
+    directory: Path
+    """Where its weights rest meanwhile, in a file that vanishes by itself; it needs room for them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a student is given of its teacher for one batch."""
+
+    streams: Streams | None
+    """Behind the shared prefix; None if there is none."""
+    features: list[Feature]
+    """Of each of the student's blocks behind the prefix; empty if they are not asked for."""
 
 
 def distill_(
+    teacher: Model,
     student: Model,
+    plan: CompressionPlan,
     states: States,
-    schedule: Schedule,
+    recipe: DistillRecipe,
     *,
-    batch_size: int,
-    seed: int,
+    cache_prefix: Path | None = None,
+    cache_dtype: torch.dtype | None = None,
+    in_turn: InTurn | None = None,
     checkpoint: Path | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> None:
-    """Train a student's unfrozen weights in place to the teacher's velocities (output distillation).
+    """Train a student's weights in place, each as strongly as the plan says.
 
-    Matrix products run in bfloat16, the weights and their updates in float32.
+    Everything runs on the device of the weights that learn. Weights that rest (`cache_prefix`, `in_turn`) may
+    be anywhere at the start, and are there again at the end.
+
+    Args:
+        teacher: Left as it is. It may be held in 16 bits, and its student's prefix with it.
+        student: `prune(teacher, plan, share_prefix=True)`; weights that learn become float32.
+        plan: Strength 0 freezes; any other is the share of the learning rate.
+        states: Of the teacher's own sampling.
+        recipe: What is learned, and how.
+        cache_prefix: A file the prefix's outputs are read from, made if it is not there. The prefix itself
+            leaves memory for good, for a nameless file in the same directory. So does the rest of the
+            teacher where features count nothing.
+        cache_dtype: What new outputs are stored in; by default the recipe's precision, which loses nothing.
+        in_turn: Let the teacher leave memory while the student learns.
+        checkpoint: As `optimize_` takes it.
+        on_step: Called with the step's number and its loss.
+
+    Raises:
+        ToolchainError: The student is not of this teacher and plan, the cache or the checkpoint is of another
+            training, or the loss is no longer finite.
     """
-    transformer = student.pipeline.transformer
+    if cache_prefix is not None and in_turn is not None:
+        raise ToolchainError(
+            "outputs of the prefix are either kept for all states (cache_prefix) or for a few steps (in_turn)"
+        )
+    if in_turn is not None and in_turn.steps < 1:
+        raise ToolchainError(f"a turn is {in_turn.steps} steps long; it is at least 1")
+    lesson = Lesson(teacher.mmdit, student.mmdit, plan, recipe)
+    answer: Callable[[int, Batch], Answer]
+    with ExitStack() as stack:
+        if cache_prefix is not None:
+            answer = _from_cache(lesson, states, cache_prefix, cache_dtype, stack)
+        elif in_turn is not None:
+            answer = _in_turn(lesson, states, in_turn, stack)
+        else:
 
-    def loss_at(step: int) -> torch.Tensor:
-        rng = np.random.default_rng((seed, step))
-        rows = torch.from_numpy(rng.choice(len(states), size=min(batch_size, len(states)), replace=False))
-        latents, timesteps, text, target = states.batch(rows)
-        with torch.autocast(latents.device.type, torch.bfloat16):
-            predicted = velocity(transformer, latents, timesteps, text)
-        return F.mse_loss(predicted.float(), target)
+            def answer(step: int, batch: Batch) -> Answer:
+                return lesson.ask([batch])[0]
 
-    optimize_(transformer, loss_at, schedule, checkpoint=checkpoint, on_step=on_step)
+        def loss_at(step: int) -> torch.Tensor:
+            batch = lesson.batch(states, lesson.rows(states, step))
+            return lesson.loss(batch, answer(step, batch))
+
+        optimize_(
+            lesson.student.transformer,
+            loss_at,
+            recipe.schedule,
+            strength=lesson.strength,
+            belongs_to=_belongs_to(plan, states, recipe) if checkpoint else None,
+            checkpoint=checkpoint,
+            on_step=on_step,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Some states on the device."""
+
+    latents: torch.Tensor
+    timesteps: torch.Tensor
+    text: TextStates
+    velocities: torch.Tensor
+
+
+class Lesson:
+    """A teacher and a student, aligned: the student's block k is the teacher's block `kept_blocks[k]`.
+
+    Making one freezes and unfreezes the student's weights as the plan says.
+    """
+
+    def __init__(self, teacher: MMDiT, student: MMDiT, plan: CompressionPlan, recipe: DistillRecipe) -> None:
+        self.teacher, self.student, self.plan, self.recipe = teacher, student, plan, recipe
+        if len(student.blocks) != len(plan.kept_blocks):
+            raise ToolchainError(
+                f"the student has {len(student.blocks)} blocks, but the plan leaves {len(plan.kept_blocks)}; "
+                "distil what prune made of this plan"
+            )
+        # The student's last block is its own: where all after it went, it was cut to be the last.
+        self.num_shared = min(plan.shared_prefix, len(student.blocks) - 1)
+        """Blocks of the prefix, to which the embedders belong; 0 if there is no prefix."""
+        self.strength = self._apply_strength_()
+        self._check_shared()
+        self.device = next(item for item in student.transformer.parameters() if item.requires_grad).device
+
+    def rows(self, states: States, step: int) -> torch.Tensor:
+        """The states of a step's batch, from its number and the seed alone."""
+        rng = np.random.default_rng((self.recipe.seed, step))
+        size = min(self.recipe.batch_size, len(states))
+        return torch.from_numpy(rng.choice(len(states), size=size, replace=False))
+
+    def batch(self, states: States, rows: torch.Tensor) -> Batch:
+        """Some states, on the student's device."""
+        latents, timesteps, text, velocities = states.batch(rows)
+        return Batch(
+            latents=latents.to(self.device),
+            timesteps=timesteps.to(self.device),
+            text=TextStates(
+                tokens_BTJ=text.tokens_BTJ.to(self.device), pooled_BP=text.pooled_BP.to(self.device)
+            ),
+            velocities=velocities.to(self.device),
+        )
+
+    def prefix(self, batch: Batch) -> Streams:
+        """What both models' first block behind the prefix is given."""
+        streams = self.ask([batch], features=False)[0].streams
+        assert streams is not None
+        return streams
+
+    @torch.no_grad()
+    def ask(
+        self,
+        batches: list[Batch],
+        given: list[Streams] | None = None,
+        *,
+        features: bool = True,
+        awake: Callable[[Iterable[torch.Tensor]], AbstractContextManager[None]] = lambda _: nullcontext(),
+        hold_on: torch.device | None = None,
+    ) -> list[Answer]:
+        """What the teacher says to some batches, all of which pass one block before any passes the next.
+
+        The teacher is asked for no more than counts: its velocities come with the states.
+
+        Args:
+            batches: Each is run by itself.
+            given: The prefix's streams, if they are known.
+            features: Whether they are wanted, if they count.
+            awake: Called with the weights that are about to be used.
+            hold_on: Where streams lie between blocks, and answers at the end; the device unless given.
+        """
+        hold = hold_on or self.device
+        features = features and self.recipe.losses.features > 0
+        wanted = self.plan.kept_blocks[self.num_shared :] if features else ()
+        found: list[list[Feature]] = [[] for _ in batches]
+        last = wanted[-1] + 1 if wanted else self.num_shared
+        if last == 0:
+            return [Answer(streams=None, features=[]) for _ in batches]
+        if given is None:
+            begins = [*self.teacher.parameters_of(EMBEDDERS), *self.teacher.transformer.buffers()]
+            with awake(begins), self._products():
+                streams = [
+                    moved(self.teacher.begin(batch.latents, batch.timesteps, batch.text), hold)
+                    for batch in batches
+                ]
+        else:
+            streams = given
+        shared = streams
+        for index in range(0 if given is None else self.num_shared, last):
+            block = self.teacher.blocks[index]
+            with awake(_tensors(block)), self._products():
+                streams = [moved(self.teacher.apply(block, moved(one, self.device)), hold) for one in streams]
+            if index < self.num_shared:
+                shared = streams
+            if index in wanted:
+                for items, one in zip(found, streams, strict=True):
+                    items.append((one.image_BND, one.text_BTD))
+        return [
+            Answer(streams=one if self.num_shared else None, features=items)
+            for one, items in zip(shared, found, strict=True)
+        ]
+
+    def loss(self, batch: Batch, answer: Answer) -> torch.Tensor:
+        """The loss of the student, which goes on from the prefix."""
+        weights, pairs = self.recipe.losses, []
+        with self._products():
+            streams = answer.streams
+            if streams is None:
+                streams = self.student.begin(batch.latents, batch.timesteps, batch.text)
+            for index, block in enumerate(self.student.blocks[self.num_shared :]):
+                streams = self._apply(block, streams)
+                if answer.features:
+                    image, text = answer.features[index]
+                    pairs.append((streams.image_BND, image))
+                    if streams.text_BTD is not None and text is not None:
+                        pairs.append((streams.text_BTD, text))
+            total = torch.zeros((), device=self.device)
+            if weights.output:
+                total = total + weights.output * output_loss(self.student.end(streams), batch.velocities)
+        if weights.features:
+            total = total + weights.features * feature_loss(pairs, normalised=weights.normalised)
+        return total
+
+    def _apply(self, block: nn.Module, streams: Streams) -> Streams:
+        if not self.recipe.checkpointing:
+            return self.student.apply(block, streams)
+        # Blocks draw no random numbers, so there is no state of a generator to put back.
+        result: Streams = recomputed(
+            self.student.apply, block, streams, use_reentrant=False, preserve_rng_state=False
+        )
+        return result
+
+    def _products(self) -> AbstractContextManager[Any]:
+        if self.recipe.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _apply_strength_(self) -> dict[str, float]:
+        plan, student = self.plan, self.student
+        shares: dict[nn.Parameter, float] = {}
+        for unit in (EMBEDDERS, HEAD):
+            shares |= dict.fromkeys(student.parameters_of(unit), plan.strength_of(unit))
+        sizeless = student.geometry(height=1, width=1, text_tokens=1)
+        for index, (old, block) in enumerate(zip(plan.kept_blocks, sizeless.blocks, strict=True)):
+            values = {name: plan.strength_of(f"{old}.{name}") for name in block.components}
+            # What a removed norm leaves, a constant, learns like the strongest of its block.
+            shares |= dict.fromkeys(student.parameters_of(str(index)), max(values.values()))
+            for name, value in values.items():
+                shares |= dict.fromkeys(student.parameters_of(f"{index}.{name}"), value)
+        named = dict(student.transformer.named_parameters())
+        for item in named.values():
+            item.requires_grad_(shares[item] > 0)
+            if item.requires_grad:
+                item.data = item.data.float()
+        if not any(shares.values()):
+            raise ToolchainError("the plan freezes everything, so there is nothing to distil")
+        return {name: shares[item] for name, item in named.items()}
+
+    def _check_shared(self) -> None:
+        for name in self._prefix_units():
+            ours, theirs = (
+                list(map(storage_key, model.parameters_of(name))) for model in (self.student, self.teacher)
+            )
+            if ours != theirs:
+                part = name if name == EMBEDDERS else f"block {name}"
+                raise ToolchainError(
+                    f"the plan freezes the student's {part}, but it is not the teacher's own; "
+                    "make the student with prune(teacher, plan, share_prefix=True)"
+                )
+        theirs_all = set(map(storage_key, self.teacher.transformer.parameters()))
+        for name, item in self.student.transformer.named_parameters():
+            if item.requires_grad and storage_key(item) in theirs_all:
+                raise ToolchainError(
+                    f"the plan lets the student's {name} learn, but it is the teacher's own; "
+                    "make the student with prune(teacher, plan, share_prefix=True)"
+                )
+
+    def teachers_own(self, *, prefix_only: bool) -> list[torch.Tensor]:
+        """Weights that only the teacher needs, or only the prefix, in both models where they are shared."""
+        theirs, ours = _tensors(self.teacher.transformer), _tensors(self.student.transformer)
+        prefix = {storage_key(item) for item in self.prefix_tensors()}
+        keys = set(map(storage_key, theirs)) - (set(map(storage_key, ours)) - prefix)
+        if prefix_only:
+            keys &= prefix
+        return [item for item in dict.fromkeys([*theirs, *ours]) if storage_key(item) in keys]
+
+    def prefix_tensors(self) -> list[torch.Tensor]:
+        """Weights and buffers of the prefix, in their order."""
+        units = self._prefix_units()
+        weights = [item for unit in units for item in self.teacher.parameters_of(unit)]
+        return [*weights, *self.teacher.transformer.buffers()] if units else []
+
+    def _prefix_units(self) -> list[str]:
+        return [EMBEDDERS, *map(str, range(self.num_shared))] if self.num_shared else []
+
+
+def _from_cache(
+    lesson: Lesson, states: States, path: Path, dtype: torch.dtype | None, stack: ExitStack
+) -> Callable[[int, Batch], Answer]:
+    if not lesson.num_shared:
+        raise ToolchainError(
+            "the plan changes the first block, or lets it or the embedders learn: there is no prefix whose "
+            "outputs could be kept; leave cache_prefix out"
+        )
+    made_from = {
+        "blocks": str(lesson.num_shared),
+        "weights": digest(lesson.prefix_tensors()),
+        "states": digest(_inputs(states)),
+        "precision": lesson.recipe.precision,
+    }
+    resting = Resting(
+        lesson.teachers_own(prefix_only=lesson.recipe.losses.features > 0),
+        path.absolute().parent,
+        lesson.device,
+    )
+    stack.callback(resting.go_home)
+    if not path.exists():
+        with resting.awake(lesson.prefix_tensors()):
+            write_stream_cache(
+                path,
+                lambda rows: lesson.prefix(lesson.batch(states, rows)),
+                len(states),
+                batch_size=lesson.recipe.batch_size,
+                dtype=dtype or getattr(torch, lesson.recipe.precision),
+                made_from=made_from,
+            )
+    cache = read_stream_cache(path, made_from)
+
+    def answer(step: int, batch: Batch) -> Answer:
+        return lesson.ask([batch], [cache.streams(lesson.rows(states, step), lesson.device)])[0]
+
+    return answer
+
+
+def _in_turn(
+    lesson: Lesson, states: States, turn: InTurn, stack: ExitStack
+) -> Callable[[int, Batch], Answer]:
+    resting = Resting(lesson.teachers_own(prefix_only=False), turn.directory, lesson.device)
+    stack.callback(resting.go_home)
+    answers: dict[int, Answer] = {}
+
+    def answer(step: int, batch: Batch) -> Answer:
+        if step not in answers:
+            steps = range(step, min(step + turn.steps, lesson.recipe.schedule.steps))
+            batches = [lesson.batch(states, lesson.rows(states, later)) for later in steps]
+            asked = lesson.ask(batches, awake=resting.awake, hold_on=torch.device("cpu"))
+            answers.update(zip(steps, asked, strict=True))
+        return _moved(answers.pop(step), lesson.device)
+
+    return answer
+
+
+def _moved(answer: Answer, device: torch.device) -> Answer:
+    return Answer(
+        streams=None if answer.streams is None else moved(answer.streams, device),
+        features=[
+            (image.to(device), None if text is None else text.to(device)) for image, text in answer.features
+        ],
+    )
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _inputs(states: States) -> list[torch.Tensor]:
+    text = states.text
+    return [states.latents, states.timesteps, states.prompt_index, text.tokens_BTJ, text.pooled_BP]
+
+
+def _belongs_to(plan: CompressionPlan, states: States, recipe: DistillRecipe) -> dict[str, Any]:
+    """What a run depends on besides its schedule, by names a message can use."""
+    return {
+        "removed": list(map(str, plan.removed)),
+        "semantics": plan.semantics,
+        "strength": plan.strength,
+        "states": digest([*_inputs(states), states.velocities]),
+        "batch_size": recipe.batch_size,
+        "seed": recipe.seed,
+        "losses": asdict(recipe.losses),
+        "precision": recipe.precision,
+    }

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+from toolchain.errors import ToolchainError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,8 @@ def optimize_(
     loss_at: Callable[[int], torch.Tensor],
     schedule: Schedule,
     *,
+    strength: Mapping[str, float] | None = None,
+    belongs_to: Mapping[str, Any] | None = None,
     checkpoint: Path | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> None:
@@ -52,33 +58,47 @@ def optimize_(
         loss_at: The loss of a step. A run resumes exactly if this depends on the step alone, so it
             should draw its batch from a generator seeded with the step's number.
         schedule: How long and how fast.
+        strength: By name of parameter, the share of the learning rate it is trained with; 1 for what is not
+            named. The rate is scaled and not the gradient, for AdamW divides by the gradient's own size:
+            its updates are the same whatever a gradient is multiplied by.
+        belongs_to: What else the run depends on, as JSON takes it; a checkpoint of another run is refused.
         checkpoint: Where the state lies between steps: continued from if it is there, updated by
             writing beside it and renaming, removed by nobody.
         on_step: Called with the step's number and its loss.
 
     Raises:
-        FloatingPointError: The loss is no longer finite.
+        ToolchainError: The loss or its gradient is no longer finite, or the checkpoint is another run's.
     """
     parameters = {name: item for name, item in model.named_parameters() if item.requires_grad}
     values = list(parameters.values())
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, item in parameters.items():
+        groups.setdefault((strength or {}).get(name, 1.0), []).append(item)
     optimizer = torch.optim.AdamW(
-        values, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.99), fused=True
+        [{"params": items, "strength": share} for share, items in groups.items()],
+        lr=schedule.learning_rate,
+        weight_decay=schedule.weight_decay,
+        betas=(0.9, 0.99),
+        fused=True,
     )
     average = [item.detach().clone() for item in values] if schedule.ema_decay else []
+    run = json.loads(json.dumps({"schedule": asdict(schedule), **(belongs_to or {})}))
     start = 0
     if checkpoint is not None and checkpoint.exists():
-        start = _load_(checkpoint, parameters, optimizer, average)
+        start = _load_(checkpoint, run, schedule, parameters, optimizer, average)
     for step in range(start, schedule.steps):
         for group in optimizer.param_groups:
-            group["lr"] = schedule.rate_at(step)
+            group["lr"] = schedule.rate_at(step) * group["strength"]
         loss = loss_at(step)
         value = float(loss.detach())
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss became {value} at step {step}")
-        optimizer.zero_grad(set_to_none=True)
+        _check_finite("loss", value, step, checkpoint)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(values, schedule.clip_norm)
+        norm = nn.utils.clip_grad_norm_(values, schedule.clip_norm)
+        # Checked before the step: a finite loss can have a gradient that would ruin weights and checkpoint.
+        _check_finite("norm of the gradient", float(norm), step, checkpoint)
         optimizer.step()
+        # Now and not before the next gradient, so that the next forward pass has their memory.
+        optimizer.zero_grad(set_to_none=True)
         if schedule.ema_decay:
             # A short run would otherwise average in its first, untrained weights.
             decay = min(schedule.ema_decay, (1 + step) / (10 + step))
@@ -87,12 +107,21 @@ def optimize_(
         if on_step is not None:
             on_step(step, value)
         if checkpoint is not None and (step + 1) % schedule.checkpoint_every == 0:
-            _save(checkpoint, step + 1, parameters, optimizer, average)
+            _save(checkpoint, step + 1, run, parameters, optimizer, average)
     if checkpoint is not None and start < schedule.steps:
-        _save(checkpoint, schedule.steps, parameters, optimizer, average)
+        _save(checkpoint, schedule.steps, run, parameters, optimizer, average)
     with torch.no_grad():
         for item, mean in zip(values, average, strict=bool(average)):
             item.copy_(mean)
+
+
+def _check_finite(what: str, value: float, step: int, checkpoint: Path | None) -> None:
+    if not math.isfinite(value):
+        saved = checkpoint is not None and checkpoint.exists()
+        raise ToolchainError(
+            f"the {what} became {value} at step {step}; start again with a lower learning rate"
+            + (f" ({checkpoint} holds the last state that was saved)" if saved else "")
+        )
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -101,6 +130,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 def _save(
     path: Path,
     step: int,
+    run: dict[str, Any],
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     average: list[torch.Tensor],
@@ -108,28 +138,71 @@ def _save(
     tensors = {}
     for index, (name, item) in enumerate(parameters.items()):
         tensors[f"value/{name}"] = item.detach().contiguous()
-        for moment in _MOMENTS:
-            tensors[f"{moment}/{name}"] = optimizer.state[item][moment].contiguous()
+        # A parameter the loss does not depend on has no moments.
+        for moment, value in optimizer.state.get(item, {}).items():
+            tensors[f"{moment}/{name}"] = value.contiguous()
         if average:
             tensors[f"average/{name}"] = average[index].contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
-    save_file(tensors, beside, metadata={"step": str(step)})
+    save_file(tensors, beside, metadata={"step": str(step), "run": json.dumps(run)})
     beside.replace(path)
 
 
 def _load_(
     path: Path,
+    run: dict[str, Any],
+    schedule: Schedule,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     average: list[torch.Tensor],
 ) -> int:
-    with safe_open(path, framework="pt") as stored, torch.no_grad():
-        for index, (name, item) in enumerate(parameters.items()):
-            item.copy_(stored.get_tensor(f"value/{name}"))
-            optimizer.state[item] = {
-                moment: stored.get_tensor(f"{moment}/{name}").to(item.device) for moment in _MOMENTS
-            }
-            if average:
-                average[index].copy_(stored.get_tensor(f"average/{name}"))
-        return int(stored.metadata()["step"])
+    try:
+        with safe_open(path, framework="pt") as stored, torch.no_grad():
+            metadata = stored.metadata() or {}
+            step = int(metadata["step"])
+            _check_run(path, json.loads(metadata["run"]), run, schedule, step)
+            names = set(stored.keys())
+            for index, (name, item) in enumerate(parameters.items()):
+                item.copy_(stored.get_tensor(f"value/{name}"))
+                if f"step/{name}" in names:
+                    optimizer.state[item] = {
+                        moment: stored.get_tensor(f"{moment}/{name}").to(item.device) for moment in _MOMENTS
+                    }
+                if average:
+                    average[index].copy_(stored.get_tensor(f"average/{name}"))
+            return step
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise ToolchainError(
+            f"{path} is no checkpoint of this training: {error}; remove it or name another"
+        ) from error
+
+
+def _check_run(
+    path: Path, before: dict[str, Any], now: dict[str, Any], schedule: Schedule, step: int
+) -> None:
+    """A run may be made longer, or its cooldown another, if its rates so far stay what they were."""
+    old, new = dict(before), dict(now)
+    planned = Schedule(**old.pop("schedule"))
+    del new["schedule"]
+    old |= asdict(replace(planned, steps=0, cooldown=0, checkpoint_every=0))
+    new |= asdict(replace(schedule, steps=0, cooldown=0, checkpoint_every=0))
+    differing = [
+        _difference(key, json.dumps(old.get(key)), json.dumps(new.get(key)))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if any(planned.rate_at(index) != schedule.rate_at(index) for index in range(step)):
+        differing.append(
+            f"it was to have {planned.steps} steps and now {schedule.steps} (cooldown {planned.cooldown} and "
+            f"{schedule.cooldown}), and has taken {step}, some of them at other rates than now asked for"
+        )
+    if differing:
+        raise ToolchainError(
+            f"the checkpoint {path} belongs to another training: {'; '.join(differing)}. "
+            "Remove it, name another, or ask for what it was made with"
+        )
+
+
+def _difference(key: str, before: str, now: str) -> str:
+    return f"{key} was {before} and is {now}" if len(before + now) <= 80 else f"{key} was another"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
 
+from toolchain.errors import ToolchainError
 from toolchain.optimize import Schedule, optimize_
 
 SCHEDULE = Schedule(steps=10, learning_rate=0.1, warmup_steps=2, ema_decay=0.9, checkpoint_every=5)
@@ -40,7 +42,7 @@ def run(
 
 
 def test_a_run_that_was_stopped_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match="the loss became nan at step 7"):
+    with pytest.raises(ToolchainError, match="the loss became nan at step 7"):
         run(fresh(), tmp_path / "state.safetensors", fail_at=7)
     resumed = run(fresh(), tmp_path / "state.safetensors")
     assert torch.equal(resumed.weight, run(fresh()).weight)
@@ -64,7 +66,7 @@ def test_wherever_a_run_stops_it_ends_as_an_undisturbed_one(
 ) -> None:
     schedule = replace(SCHEDULE, ema_decay=ema_decay, checkpoint_every=2)
     state = tmp_path / "state.safetensors"
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(ToolchainError):
         run(fresh(), state, fail_at=fail_at, schedule=schedule)
     resumed = run(fresh(), state, schedule=schedule)
     assert torch.equal(resumed.weight, run(fresh(), schedule=schedule).weight)
@@ -79,10 +81,10 @@ def test_nonsense_ends_a_run_and_leaves_its_last_checkpoint(value: float, tmp_pa
         before[step] = model.weight.detach().clone()
         return model(torch.ones(1, 3)).square().mean() * (value if step == 7 else 1.0)
 
-    with pytest.raises(FloatingPointError, match="at step 7"):
+    with pytest.raises(ToolchainError, match="at step 7"):
         optimize_(model, loss_at, SCHEDULE, checkpoint=state)
     with safe_open(state, framework="pt") as stored:
-        assert stored.metadata() == {"step": "5"}
+        assert stored.metadata()["step"] == "5"
         assert torch.equal(stored.get_tensor("value/weight"), before[5])
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
 
@@ -134,6 +136,73 @@ def test_the_rate_is_never_above_its_peak_nor_0_and_falls_from_there(
     assert rising == sorted(rising)
     assert falling == sorted(falling, reverse=True)
     assert falling[0] == 2.0
+
+
+def test_strength_scales_the_rate_whatever_the_gradient() -> None:
+    # The first step of Adam moves every weight by its rate.
+    schedule = Schedule(steps=1, learning_rate=0.5, warmup_steps=0, cooldown=0.0, weight_decay=0.0)
+    model, start = nn.Linear(3, 2), nn.Linear(3, 2)
+    start.load_state_dict(model.state_dict())
+    optimize_(model, lambda _: model.weight.sum() + 1e3 * model.bias.sum(), schedule, strength={"bias": 0.25})
+    torch.testing.assert_close(model.weight, start.weight - 0.5)
+    torch.testing.assert_close(model.bias, start.bias - 0.125)
+
+
+def test_a_gradient_that_is_not_finite_ends_a_run_before_it_does_harm() -> None:
+    model = fresh()
+    with pytest.raises(ToolchainError, match="norm of the gradient became nan at step 0"):
+        # The square root has a value at 0 and no gradient.
+        optimize_(model, lambda _: (model.weight * 0).sum().sqrt(), SCHEDULE)
+    assert torch.equal(model.weight, fresh().weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"learning_rate": 0.2}, "learning_rate was 0.1 and is 0.2"),
+        ({"ema_decay": None}, "ema_decay was 0.9 and is null"),
+        ({"steps": 6}, "it was to have 10 steps and now 6"),
+    ],
+)
+def test_a_checkpoint_of_another_schedule_is_refused(
+    change: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    run(fresh(), tmp_path / "state.safetensors")
+    with pytest.raises(ToolchainError, match=named):
+        run(fresh(), tmp_path / "state.safetensors", schedule=replace(SCHEDULE, **change))
+
+
+def test_a_run_can_be_made_longer_before_its_rate_falls(tmp_path: Path) -> None:
+    state, longer = tmp_path / "state.safetensors", replace(SCHEDULE, steps=14)
+    with pytest.raises(ToolchainError):
+        run(fresh(), state, fail_at=6)
+    assert torch.equal(run(fresh(), state, schedule=longer).weight, run(fresh(), schedule=longer).weight)
+
+
+def test_a_checkpoint_says_what_it_belongs_to(tmp_path: Path) -> None:
+    state, model = tmp_path / "state.safetensors", fresh()
+    optimize_(model, lambda _: model.weight.sum(), SCHEDULE, belongs_to={"seed": 1}, checkpoint=state)
+    with pytest.raises(ToolchainError, match="another training: seed was 1 and is 2"):
+        optimize_(model, lambda _: model.weight.sum(), SCHEDULE, belongs_to={"seed": 2}, checkpoint=state)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    state.write_bytes(b"nothing")
+    with pytest.raises(ToolchainError, match="is no checkpoint of this training"):
+        run(fresh(), state)
+
+
+def test_a_parameter_the_loss_does_not_depend_on_stays_and_is_resumed(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"used": fresh(), "unused": fresh()})
+    for _ in range(2):
+        optimize_(
+            model,
+            lambda _: model["used"].weight.sum(),
+            replace(SCHEDULE, ema_decay=None),
+            checkpoint=tmp_path / "state.safetensors",
+        )
+    assert torch.equal(model["unused"].weight, fresh().weight)
 
 
 def test_the_rate_is_what_the_step_is_taken_with() -> None:
