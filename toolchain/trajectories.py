@@ -6,7 +6,7 @@ one sampling run gives both the states that matter and what to do in them, and n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,8 @@ from toolchain.families.view import Model
 class States:
     """States of sampling in random order, each with the teacher's velocity.
 
-    Text states are stored once a prompt; `prompt_index` says which one a state was sampled for.
+    Under classifier-free guidance every state is there twice, in adjacent rows: first with the empty prompt,
+    then with its own. Text states are stored once a prompt; `prompt_index` says which one a row is of.
     """
 
     latents: torch.Tensor
@@ -34,9 +35,32 @@ class States:
     """int64 [states]"""
     text: TextStates
     """Of every distinct prompt."""
+    guidance_scale: float | None
+    """Of classifier-free guidance; None where there is none."""
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    @property
+    def copies(self) -> int:
+        """Rows a state takes."""
+        return 1 if self.guidance_scale is None else 2
+
+    def batches(self, size: int) -> Iterator[slice]:
+        """All rows in order, about `size` at a time, no state torn apart."""
+        step = max(self.copies, size - size % self.copies)
+        return (slice(start, start + step) for start in range(0, len(self), step))
+
+    def followed(self, velocities: torch.Tensor) -> torch.Tensor:
+        """What the sampler follows of the velocities of some rows: one velocity a state.
+
+        Guidance takes what the prompt changes times its scale, and with it whatever error the two rows do not
+        have in common: an error that both make alike counts a single time.
+        """
+        if self.guidance_scale is None:
+            return velocities
+        free, asked = velocities[0::2], velocities[1::2]
+        return free + self.guidance_scale * (asked - free)
 
     def batch(
         self, rows: slice | torch.Tensor
@@ -56,9 +80,6 @@ def sample_states(
     on_step: Callable[[], None] | None = None,
 ) -> States:
     """Let a model paint prompts at its own defaults and keep every state it passes through.
-
-    With guidance each state is kept twice, once with its prompt and once with the empty one, for the
-    student is asked both.
 
     Args:
         model: The teacher.
@@ -87,7 +108,7 @@ def sample_states(
             doubled = torch.cat([latents, latents]) if guided else latents
             timesteps = timestep.expand(len(doubled))
             predicted = mmdit.velocity(doubled, timesteps, states)
-            parts.append((doubled, timesteps, predicted, both))
+            parts.append(tuple(_interleaved(item, guided) for item in (doubled, timesteps, predicted, both)))
             if guided:
                 free, asked = predicted.chunk(2)
                 predicted = free + defaults.guidance_scale * (asked - free)
@@ -98,11 +119,19 @@ def sample_states(
         raise ToolchainError(f"{model.source} gives velocities that are not finite: its weights are damaged")
     columns = (torch.cat(items) for items in zip(*parts, strict=True))
     all_latents, timesteps, velocities, prompt_index = columns
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(all_latents)))
+    copies = 2 if guided else 1
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(all_latents) // copies))
+    order = (copies * order[:, None] + torch.arange(copies)).flatten()
     return States(
         latents=all_latents[order],
         timesteps=timesteps[order],
         velocities=velocities[order],
         prompt_index=prompt_index[order],
         text=text,
+        guidance_scale=defaults.guidance_scale if guided else None,
     )
+
+
+def _interleaved(rows: torch.Tensor, guided: bool) -> torch.Tensor:
+    """The first half of some rows in turn with the second."""
+    return torch.stack(rows.chunk(2), dim=1).flatten(0, 1) if guided else rows
