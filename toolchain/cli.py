@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,10 +20,15 @@ from deploy.errors import DeployError
 from export.errors import ExportError
 from profiles.schema import ProfileError
 from toolchain.errors import ToolchainError
+from toolchain.geometry import Semantics
+from toolchain.plan import PLAN_FILE, SENSITIVITY_FILE, RuleName, StrengthMode
+from toolchain.rules import Budget, Grain, Options, PositionWeight, parse_units
 
 if TYPE_CHECKING:
-    from toolchain.compress import Outcome
+    from toolchain.compress import Decision, Outcome
     from toolchain.evaluate import ShapesScore
+    from toolchain.families import Model
+    from toolchain.plan import Sensitivity
 
 app = typer.Typer(
     help="Make a text-to-image diffusion transformer small enough for your device, and run it there.",
@@ -36,7 +41,9 @@ _console = Console(stderr=True)
 
 # What a missing import means to a user: the extra that brings it.
 _EXTRA_OF = {
-    **dict.fromkeys(("torch", "diffusers", "transformers", "accelerate", "safetensors", "scipy"), "compress"),
+    **dict.fromkeys(
+        ("torch", "diffusers", "transformers", "accelerate", "safetensors", "scipy", "matplotlib"), "compress"
+    ),
     **dict.fromkeys(("onnx", "onnxscript", "onnx_ir", "nncf", "polygraphy"), "export"),
     **dict.fromkeys(("onnxruntime", "tokenizers", "PIL", "numpy"), "edge"),
     "tensorrt_rtx": "rtx",
@@ -46,33 +53,239 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0)]
 
 
+Source = Annotated[
+    str, typer.Argument(help="`shapes`, a directory of a diffusers pipeline, or a hub id owner/name.")
+]
+Prompts = Annotated[
+    Path | None, typer.Option(help="Text file with a prompt a line; needed for any model but `shapes`.")
+]
+NumPrompts = Annotated[int, typer.Option(help="Prompts to measure harm on.", min=1)]
+Analysis = Annotated[
+    Path | None,
+    typer.Option(help=f"A {SENSITIVITY_FILE} of `analyze`, to be used in place of a new analysis."),
+]
+Ratio = Annotated[
+    float | None,
+    typer.Option(help="Share of the transformer's parameters to remove; 0.25 unless a limit is given."),
+]
+MaxBytes = Annotated[
+    int | None, typer.Option(help="In place of --ratio: most bytes of the transformer's weights.")
+]
+Bits = Annotated[float, typer.Option(help="Bits of a weight, for --max-bytes.")]
+MaxFlops = Annotated[
+    float | None, typer.Option(help="In place of --ratio: share of the transformer's FLOPs that may stay.")
+]
+Rule = Annotated[RuleName, typer.Option(help="How to choose what goes.")]
+Remove = Annotated[
+    str | None,
+    typer.Option(
+        help="In place of a rule and a limit: what goes, as 25-28,31-34,13.ff; ranges are inclusive."
+    ),
+]
+Strengths = Annotated[StrengthMode, typer.Option(help="How strongly the parts that stay are trained.")]
+Removal = Annotated[
+    Semantics,
+    typer.Option("--semantics", help="What a removed part leaves: nothing, or its input passed on."),
+]
+Weight = Annotated[
+    PositionWeight | None, typer.Option(help="How position weighs in; default: the rule's own.")
+]
+ProtectFirst = Annotated[
+    int | None, typer.Option(help="Blocks at the start of which nothing goes; default: the rule's own.")
+]
+ProtectLast = Annotated[int | None, typer.Option(help="The same at the end.")]
+OfGrain = Annotated[Grain, typer.Option(help="What the rule hpp-iterative removes.")]
+
+
+@app.command()
+def analyze(
+    model: Source = "shapes",
+    metric: Annotated[
+        str, typer.Option(help="What judges the harm, options behind a colon: clip:directory=DIR.")
+    ] = "velocity",
+    prompts: Prompts = None,
+    num_prompts: NumPrompts = 16,
+    num_seeds: Annotated[int, typer.Option(help="Noises for each prompt.", min=1)] = 2,
+    semantics: Removal = "zero",
+    components: Annotated[bool, typer.Option(help="Also the components of the blocks.")] = True,
+    pairs: Annotated[bool, typer.Option(help="Also pairs of neighbours.")] = False,
+    seed: Seed = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory; of an earlier run, to go on with it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how much every block and component matters."""
+    from toolchain.analysis import analyze as measure
+    from toolchain.analysis import num_units
+    from toolchain.artifacts import write_json
+    from toolchain.compress import analysis_prompts
+    from toolchain.families import open_model
+    from toolchain.metrics import open_metric
+    from toolchain.plan import to_json
+    from toolchain.plots import draw_sensitivity
+
+    judge = open_metric(metric)
+    opened = open_model(model)
+    texts = analysis_prompts(opened, prompts, num_prompts, seed=seed)
+    seeds = range(seed, seed + num_seeds)
+    directory = output or Path(f"{_name(model)}-analysis")
+    total = num_units(opened, judge, texts, seeds=seeds, components=components, pairs=pairs)
+    with _bars() as bar:
+        found = measure(
+            opened,
+            judge,
+            texts,
+            seeds=seeds,
+            semantics=semantics,
+            components=components,
+            pairs=pairs,
+            work=directory / "pieces",
+            on_step=bar("removing each part in turn", total),
+        )
+    write_json(directory / SENSITIVITY_FILE, to_json(found))
+    picture = directory / "sensitivity.png"
+    draw_sensitivity(found, picture)
+    _emit(to_json(found), as_json, lambda: _show_sensitivity(found, directory))
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="A model as for `analyze`; or a plan.json, to look at it.")
+    ] = "shapes",
+    ratio: Ratio = None,
+    max_bytes: MaxBytes = None,
+    bits: Bits = 16,
+    max_flops: MaxFlops = None,
+    rule: Rule = "hpp-iterative",
+    remove: Remove = None,
+    strengths: Strengths = "none",
+    semantics: Removal = "zero",
+    position_weight: Weight = None,
+    protect_first: ProtectFirst = None,
+    protect_last: ProtectLast = None,
+    grain: OfGrain = "components",
+    analysis: Analysis = None,
+    prompts: Prompts = None,
+    num_prompts: NumPrompts = 16,
+    seed: Seed = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file to write the plan to.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Decide what goes, what stays frozen and what is trained, and show it as a picture of the model."""
+    from toolchain.artifacts import read_json, write_json
+    from toolchain.picture import draw_plan, render_plan
+    from toolchain.plan import plan_from_json, to_json
+
+    if model.endswith(".json"):
+        made = plan_from_json(read_json(Path(model)))
+    else:
+        from toolchain.compress import analysis_prompts, decide
+        from toolchain.families import open_model
+
+        opened = open_model(model)
+        decision = _decision(
+            opened,
+            Options(
+                position_weight=position_weight,
+                protect_first=protect_first,
+                protect_last=protect_last,
+                grain=grain,
+                seed=seed,
+            ),
+            (ratio, max_bytes, bits, max_flops),
+            (rule, remove, strengths, semantics, num_prompts, seed),
+        )
+        with _bars() as bar:
+            texts = analysis_prompts(opened, prompts, decision.prompts, seed=seed)
+            _, made = decide(opened, decision, texts, analysis=analysis, bar=bar)
+        path = output or Path(f"{_name(model)}-plan.json")
+        write_json(path, to_json(made))
+        draw_plan(made, path.with_suffix(".png"))
+
+    def show() -> None:
+        print_(render_plan(made))
+        if not model.endswith(".json"):
+            print_(f"Written to {path}.  Next:  hptool compress {model} --plan {path}")
+
+    _emit(to_json(made), as_json, show)
+
+
 @app.command()
 def compress(
-    model: Annotated[
-        str, typer.Argument(help="`shapes`, a directory of a diffusers pipeline, or a hub id owner/name.")
-    ] = "shapes",
-    ratio: Annotated[float, typer.Option(help="Share of the transformer's parameters to remove.")] = 0.25,
+    model: Source = "shapes",
+    ratio: Ratio = None,
+    max_bytes: MaxBytes = None,
+    bits: Bits = 16,
+    max_flops: MaxFlops = None,
+    rule: Rule = "hpp-iterative",
+    remove: Remove = None,
+    strengths: Strengths = "none",
+    semantics: Removal = "zero",
+    position_weight: Weight = None,
+    protect_first: ProtectFirst = None,
+    protect_last: ProtectLast = None,
+    grain: OfGrain = "components",
+    analysis: Analysis = None,
+    num_prompts: NumPrompts = 16,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan of `hptool plan`, in place of all that decides one.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps of distillation.", min=0)] = 500,
+    learning_rate: Annotated[float, typer.Option(help="Of distillation, at its peak.")] = 7e-4,
+    batch_size: Annotated[int, typer.Option(help="States at once.", min=1)] = 64,
+    features: Annotated[
+        float, typer.Option(help="Weight of the blocks' outputs in the loss; the velocity's is 1.", min=0)
+    ] = 0.0,
     seed: Seed = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory to write the student to.")
     ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Text file with a prompt a line to distil on; needed for any model but `shapes`."),
-    ] = None,
+    prompts: Prompts = None,
     per_task: Annotated[
         int, typer.Option(help="Held-out captions per ShapesEval task; 0 skips the scores.", min=0)
     ] = 40,
     as_json: Json = False,
 ) -> None:
-    """Prune a model's least needed blocks and teach the rest to do without them."""
+    """Remove what a model needs least, and teach the rest to do without it."""
+    from toolchain.artifacts import check_new_directory, read_json
     from toolchain.compress import Recipe, compress_model
+    from toolchain.families import open_model
+    from toolchain.losses import LossWeights
+    from toolchain.plan import plan_from_json
 
-    recipe = Recipe(ratio=ratio, steps=steps, seed=seed, captions_per_task=per_task)
-    student = output or Path(f"{Path(model).resolve().name}-student")
+    student = output or Path(f"{_name(model)}-student")
+    check_new_directory(student)
+    opened = open_model(model)
+    decision = _decision(
+        opened,
+        Options(
+            position_weight=position_weight,
+            protect_first=protect_first,
+            protect_last=protect_last,
+            grain=grain,
+            seed=seed,
+        ),
+        (ratio, max_bytes, bits, max_flops),
+        (rule, remove, strengths, semantics, num_prompts, seed),
+    )
+    recipe = Recipe(
+        decision=decision,
+        steps=steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        losses=LossWeights(features=features),
+        seed=seed,
+        captions_per_task=per_task,
+    )
+    given = None if plan is None else plan_from_json(read_json(plan))
     with _bars() as bar:
-        outcome = compress_model(model, recipe, student, prompts=prompts, bar=bar)
+        outcome = compress_model(
+            opened, recipe, student, prompts=prompts, analysis=analysis, plan=given, bar=bar
+        )
     _remember(student=student)
     _emit(asdict(outcome), as_json, lambda: _show_outcome(outcome, student))
 
@@ -99,7 +312,7 @@ def export(
     bundle_path = output or Path(Path(source).resolve().name.removesuffix("-student") + "-bundle")
 
     from toolchain.artifacts import check_new_directory, read_json, sha256
-    from toolchain.plan import PLAN_FILE, plan_from_json
+    from toolchain.plan import plan_from_json
 
     check_new_directory(bundle_path)
 
@@ -263,6 +476,41 @@ def _bars() -> Iterator[Callable[[str, int], Callable[..., None]]]:
             progress.stop()
 
 
+def _name(model: str) -> str:
+    return Path(model).resolve().name
+
+
+def _decision(
+    model: Model,
+    options: Options,
+    limits: tuple[float | None, int | None, float, float | None],
+    rest: tuple[RuleName, str | None, StrengthMode, Semantics, int, int],
+) -> Decision:
+    from toolchain.compress import Decision
+
+    (ratio, max_bytes, bits, max_flops), (rule, remove, strengths, semantics, prompts, seed) = limits, rest
+    budget = None
+    if remove is not None:
+        if any(limit is not None for limit in (ratio, max_bytes, max_flops)):
+            raise ToolchainError(
+                "--remove says what goes, so it takes no --ratio, --max-bytes or --max-flops"
+            )
+        options = replace(options, units=parse_units(remove, model.geometry))
+        rule = "manual"
+    else:
+        ratio = 0.25 if (ratio, max_bytes, max_flops) == (None, None, None) else ratio
+        budget = Budget(ratio=ratio, max_bytes=max_bytes, bits=bits, max_flops=max_flops)
+    return Decision(
+        budget=budget,
+        rule=rule,
+        options=options,
+        semantics=semantics,
+        strengths=strengths,
+        prompts=prompts,
+        seed=seed,
+    )
+
+
 _MEMORY = Path(".hptool.json")
 
 
@@ -292,8 +540,23 @@ def _remembered_student() -> str:
     return student
 
 
+def _show_sensitivity(found: Sensitivity, directory: Path) -> None:
+    ranked = sorted((item for item in found.harms if len(item.removed) == 1), key=lambda item: item.harm)
+    table = Table("least harm", "", "most harm", "", title=f"{found.model}: {found.metric} without one part")
+    for least, most in list(zip(ranked, reversed(ranked), strict=True))[:10]:
+        cells = (
+            (str(item.removed[0]), f"{item.harm:.4g} ± {item.standard_error:.2g}") for item in (least, most)
+        )
+        table.add_row(*(cell for pair in cells for cell in pair))
+    print_(table)
+    print_(f"Written to {directory / SENSITIVITY_FILE}, drawn in {directory / 'sensitivity.png'}.")
+
+
 def _show_outcome(outcome: Outcome, student: Path) -> None:
-    table = Table(title=f"{outcome.model}: blocks {', '.join(map(str, outcome.removed_blocks))} removed")
+    table = Table(
+        title=f"{outcome.model} without {outcome.removed}: {outcome.ratio_reached:.1%} of the parameters, "
+        f"{outcome.flops_ratio_reached:.1%} of the FLOPs"
+    )
     for heading in ("", "parameters", "transformer bytes", "velocity error", "ShapesEval"):
         table.add_column(heading, justify="left" if not heading else "right")
     for stage in outcome.stages:

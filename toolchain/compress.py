@@ -2,44 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from toolchain import plan as planning
-from toolchain.analysis import analyze, velocity_errors
-from toolchain.artifacts import check_new_directory, new_directory, write_json
-from toolchain.distill import distill_
+from toolchain.analysis import Rescorer, analyze, num_units, velocity_errors
+from toolchain.artifacts import check_new_directory, new_directory, read_json, write_json
+from toolchain.distill import DistillRecipe, distill_
 from toolchain.errors import ToolchainError
 from toolchain.evaluate import ShapesScore, evaluate_shapes, num_batches
-from toolchain.families.sd3 import block_parameters
-from toolchain.families.view import Model, open_model, save_model_
+from toolchain.families.view import Model, save_model
+from toolchain.geometry import Semantics, Unit
+from toolchain.losses import LossWeights
+from toolchain.metrics.velocity import Velocity
 from toolchain.optimize import Schedule
-from toolchain.prune import freeze_preserved_, prune
+from toolchain.plan import (
+    PLAN_FILE,
+    SENSITIVITY_FILE,
+    CompressionPlan,
+    RuleName,
+    Sensitivity,
+    StrengthMode,
+    sensitivity_from_json,
+    to_json,
+    unmeasured,
+)
+from toolchain.prune import check_plan, prune
+from toolchain.rules import Budget, Options, build_plan, check_budget, format_units
 from toolchain.shapes.world import captions
 from toolchain.trajectories import States, sample_states
 
 Bar = Callable[[str, int], Callable[..., None]]
 """Starts a progress bar of a name and a length, and returns what advances it."""
 
-SENSITIVITY_FILE, REPORT_FILE = "sensitivity.json", "report.json"
+REPORT_FILE = "report.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """How to decide what goes; the defaults are what did best on `shapes` (docs/method.md)."""
+
+    budget: Budget | None = Budget(ratio=0.25)
+    """None for the rule `manual` alone."""
+    rule: RuleName = "hpp-iterative"
+    options: Options = Options()
+    semantics: Semantics = "zero"
+    strengths: StrengthMode = "none"
+    prompts: int = 16
+    """Pictures whose sampling states are measured on."""
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What to do to a model; the defaults fit `shapes` on two cores in five minutes."""
 
-    ratio: float = 0.25
-    """Share of the transformer's parameters to remove, at least."""
+    decision: Decision = Decision()
     steps: int = 500
     """Of distillation; 0 only prunes."""
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 7e-4
     batch_size: int = 64
-    passes: int = 2
+    passes: int = 1
     """How often each state of the teacher's sampling is trained on."""
-    analysis_prompts: int = 16
-    """Pictures whose sampling states the blocks' contribution is measured on."""
+    losses: LossWeights = LossWeights(features=0.0)
     seed: int = 0
     captions_per_task: int = 40
     """Of ShapesEval; 0 leaves the scores out."""
@@ -65,46 +92,141 @@ class Outcome:
 
     model: str
     student: str
-    removed_blocks: tuple[int, ...]
+    rule: str
+    removed: str
+    """As `--remove` takes it."""
     ratio_reached: float
+    flops_ratio_reached: float
     stages: tuple[Stage, ...]
 
 
+def decide(
+    model: Model, decision: Decision, prompts: Sequence[str], *, analysis: Path | None = None, bar: Bar
+) -> tuple[Sensitivity, CompressionPlan]:
+    """Analyse a model as far as the rule needs it, and choose what goes.
+
+    Args:
+        model: The teacher.
+        decision: How.
+        prompts: To measure on.
+        analysis: A finished analysis, to be used in place of a new one.
+        bar: Starts progress bars.
+
+    Raises:
+        ToolchainError: The budget cannot be met, or the analysis is of another model.
+    """
+    geometry, rule = model.geometry, decision.rule
+    if decision.budget is not None:
+        check_budget(geometry, decision.semantics, decision.budget, rule=rule, options=decision.options)
+    seeds = (decision.seed + 2,)
+    if analysis is not None:
+        sensitivity = sensitivity_from_json(read_json(analysis))
+        if sensitivity.geometry != geometry:
+            raise ToolchainError(
+                f"{analysis} is an analysis of {sensitivity.model}, another model than {model.source} "
+                "or one that was to paint in another size; analyse this one"
+            )
+    elif rule in ("manual", "random") and decision.strengths in ("none", "pwp"):
+        sensitivity = unmeasured(model.source, geometry, decision.semantics)
+    else:
+        total = num_units(model, Velocity(), prompts, seeds=seeds)
+        sensitivity = analyze(
+            model,
+            Velocity(),
+            prompts,
+            seeds=seeds,
+            semantics=decision.semantics,
+            on_step=bar("measuring what matters", total),
+        )
+    options, choosing = decision.options, None
+    if rule == "hpp-iterative":
+        assert decision.budget is not None
+        measured = sample(model, prompts, seeds[0], "sampling to measure again", bar)
+        choosing = _Choosing(
+            Rescorer(model, measured, decision.semantics),
+            sensitivity,
+            decision.budget,
+            bar("choosing what goes", 100),
+        )
+        options = replace(options, rescore=choosing)
+    plan = build_plan(
+        sensitivity,
+        decision.budget,
+        rule=rule,
+        options=options,
+        mode=decision.strengths,
+        semantics=decision.semantics,
+    )
+    if choosing is not None:
+        choosing.show(100)
+    return sensitivity, plan
+
+
+class _Choosing:
+    """Measures again, and shows how much of the budget is met, in hundredths."""
+
+    def __init__(
+        self, rescore: Rescorer, sensitivity: Sensitivity, budget: Budget, advance: Callable[..., None]
+    ) -> None:
+        self._rescore, self._sensitivity, self._budget = rescore, sensitivity, budget
+        self._advance, self._shown = advance, 0
+
+    def __call__(self, removed: tuple[Unit, ...], units: Sequence[Unit]) -> Mapping[Unit, float]:
+        geometry, cost = self._sensitivity.geometry, self._budget.cost
+        whole = cost(geometry.size)
+        gone = whole - cost(geometry.remaining(removed, self._sensitivity.semantics))
+        self.show(min(100, 100 * gone // (whole - self._budget.limit(geometry))))
+        return self._rescore(removed, units)
+
+    def show(self, reached: int) -> None:
+        """Bring the bar to so many hundredths."""
+        for _ in range(self._shown, reached):
+            self._advance()
+        self._shown = max(self._shown, reached)
+
+
 def compress_model(
-    source: str, recipe: Recipe, output: Path, *, prompts: Path | None = None, bar: Bar
+    teacher: Model,
+    recipe: Recipe,
+    output: Path,
+    *,
+    prompts: Path | None = None,
+    analysis: Path | None = None,
+    plan: CompressionPlan | None = None,
+    bar: Bar,
 ) -> Outcome:
     """Write a student of a model, with its plan, the analysis behind it and a report.
 
+    The state of distillation lies in `OUTPUT.work` until the student is written, so that the same call made
+    again after an interruption goes on from there.
+
     Args:
-        source: As `open_model` takes it.
+        teacher: Left as it is, save the precision of what it shares with its student.
         recipe: What to do.
-        output: A new directory; plain diffusers loads it as it does the teacher's.
+        output: A new directory.
         prompts: Text file with a prompt a line; None takes the captions of the model's own world.
+        analysis: A finished analysis, to be used in place of a new one.
+        plan: Made before; None decides as the recipe says.
         bar: Starts progress bars.
 
     Raises:
         ToolchainError: Something asked for cannot be had; nothing has been written then.
     """
     check_new_directory(output)
-    teacher = open_model(source)
-    blocks = block_parameters(teacher.pipeline.transformer)
-    planning.check_ratio(recipe.ratio, blocks, teacher.num_parameters)
-    sets = _prompt_sets(teacher, recipe, prompts)
-
-    judged = _sample(teacher, sets[0], recipe.seed + 1, "sampling for the check", bar)
-    analysed = _sample(teacher, sets[1], recipe.seed + 2, "sampling for the analysis", bar)
+    sensitivity = None
+    sets = prompt_sets(teacher, recipe, prompts)
+    if plan is None:
+        sensitivity, plan = decide(teacher, recipe.decision, sets.analysed, analysis=analysis, bar=bar)
+    check_plan(teacher, plan)
+    judged = sample(teacher, sets.judged, recipe.seed + 1, "sampling for the check", bar)
     stages = [_stage("original", teacher, judged, recipe, bar)]
 
-    advance = bar("removing each block", len(blocks))
-    sensitivity = analyze(teacher, analysed, seed=recipe.seed, on_block=advance)
-    plan = planning.build_plan(sensitivity, ratio=recipe.ratio)
-
-    student = prune(teacher, plan)
+    student = prune(teacher, plan, share_prefix=True)
     stages.append(_stage("pruned", student, judged, recipe, bar))
 
+    work = output.with_name(f"{output.name}.work")
     if recipe.steps:
-        taught = _sample(teacher, sets[2], recipe.seed + 3, "sampling to distil on", bar)
-        freeze_preserved_(student, plan)
+        taught = sample(teacher, sets.taught, recipe.seed + 3, "sampling to distil on", bar)
         advance = bar("distilling", recipe.steps)
         schedule = Schedule(
             steps=recipe.steps,
@@ -113,63 +235,109 @@ def compress_model(
             cooldown=0.7,
         )
         distill_(
+            teacher,
             student,
+            plan,
             taught,
-            schedule,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
+            DistillRecipe(
+                schedule=schedule, batch_size=recipe.batch_size, seed=recipe.seed, losses=recipe.losses
+            ),
+            checkpoint=work / "state.safetensors",
             on_step=lambda _, loss: advance(note=f"loss {loss:.4f}"),
         )
+        student.pipeline.transformer.eval()
         stages.append(_stage("distilled", student, judged, recipe, bar))
 
     outcome = Outcome(
-        model=source,
+        model=teacher.source,
         student=str(output),
-        removed_blocks=plan.removed_blocks,
+        rule=plan.rule,
+        removed=format_units(plan.removed),
         ratio_reached=plan.ratio_reached,
+        flops_ratio_reached=plan.flops_ratio_reached,
         stages=tuple(stages),
     )
     with new_directory(output) as directory:
-        save_model_(student, directory)
-        write_json(directory / planning.PLAN_FILE, planning.to_json(plan))
-        write_json(directory / SENSITIVITY_FILE, planning.to_json(sensitivity))
-        report = {"schema_version": 1, "recipe": asdict(recipe), **asdict(outcome)}
-        write_json(directory / REPORT_FILE, report)
+        save_model(student, directory)
+        write_json(directory / PLAN_FILE, to_json(plan))
+        if sensitivity is not None:
+            write_json(directory / SENSITIVITY_FILE, to_json(sensitivity))
+        facts = asdict(replace(recipe, decision=replace(recipe.decision, options=Options())))
+        write_json(directory / REPORT_FILE, {"schema_version": 2, "recipe": facts, **asdict(outcome)})
+    shutil.rmtree(work, ignore_errors=True)
     return outcome
 
 
-def _prompt_sets(teacher: Model, recipe: Recipe, path: Path | None) -> tuple[list[str], list[str], list[str]]:
-    """Prompts to judge on, to analyse on and to train on; the first share none with the others."""
-    guided = teacher.defaults.guidance_scale > 1
-    states_per_prompt = teacher.defaults.num_inference_steps * (2 if guided else 1)
+@dataclass(frozen=True, kw_only=True)
+class PromptSets:
+    """Prompts by what they are for; those to judge on are among no others."""
+
+    judged: list[str]
+    analysed: list[str]
+    taught: list[str]
+
+
+def prompt_sets(teacher: Model, recipe: Recipe, path: Path | None) -> PromptSets:
+    """Share out the prompts of a file, or of the model's own world.
+
+    Raises:
+        ToolchainError: There is no file, it cannot be read, or holds too few.
+    """
+    states_per_prompt = teacher.defaults.num_inference_steps * (2 if teacher.guided else 1)
     num_taught = -(-recipe.steps * recipe.batch_size // (recipe.passes * states_per_prompt))
-    few = recipe.analysis_prompts
+    few = recipe.decision.prompts
     if path is None:
-        if teacher.world is None:
-            raise ToolchainError(
-                f"{teacher.source} is not of the shapes world, so what to prompt it with is not known here; "
-                "give a text file with one prompt a line: --prompts FILE"
-            )
+        _check_world(teacher)
         unseen, seen = captions(held_out=True, seed=recipe.seed), captions(held_out=False, seed=recipe.seed)
-        return (
-            [caption.text for caption in islice(unseen, few)],
-            [caption.text for caption in islice(seen, few)],
-            [caption.text for caption in islice(seen, num_taught)],
+        return PromptSets(
+            judged=[caption.text for caption in islice(unseen, few)],
+            analysed=[caption.text for caption in islice(seen, few)],
+            taught=[caption.text for caption in islice(seen, num_taught)],
         )
+    lines = _read_prompts(path, 2 * few)
+    rest = lines[few:]
+    return PromptSets(
+        judged=lines[:few],
+        analysed=rest[:few],
+        taught=[rest[index % len(rest)] for index in range(num_taught)],
+    )
+
+
+def analysis_prompts(model: Model, path: Path | None, number: int, *, seed: int) -> list[str]:
+    """The first prompts of a file, or captions of the model's own world.
+
+    Raises:
+        ToolchainError: There is no file, it cannot be read, or holds too few.
+    """
+    if path is None:
+        _check_world(model)
+        return [caption.text for caption in islice(captions(held_out=False, seed=seed), number)]
+    return _read_prompts(path, number)[:number]
+
+
+def _check_world(model: Model) -> None:
+    if model.world is None:
+        raise ToolchainError(
+            f"{model.source} is not of the shapes world, so what to prompt it with is not known here; "
+            "give a text file with one prompt a line: --prompts FILE"
+        )
+
+
+def _read_prompts(path: Path, least: int) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ToolchainError(f"the prompts in {path} cannot be read: {error}") from error
-    if len(lines) < 2 * few:
-        raise ToolchainError(f"{path} holds {len(lines)} prompts; at least {2 * few} are needed")
-    rest = lines[few:]
-    return lines[:few], rest[:few], [rest[index % len(rest)] for index in range(num_taught)]
+    if len(lines) < least:
+        raise ToolchainError(f"{path} holds {len(lines)} prompts; at least {least} are needed")
+    return lines
 
 
-def _sample(model: Model, prompts: list[str], seed: int, name: str, bar: Bar) -> States:
+def sample(model: Model, prompts: Sequence[str], seed: int, name: str, bar: Bar) -> States:
+    """`sample_states` with a progress bar."""
     batch_size = 32
     advance = bar(name, -(-len(prompts) // batch_size) * model.defaults.num_inference_steps)
-    return sample_states(model, prompts, seed=seed, batch_size=batch_size, on_step=advance)
+    return sample_states(model, list(prompts), seed=seed, batch_size=batch_size, on_step=advance)
 
 
 def _stage(name: str, model: Model, judged: States, recipe: Recipe, bar: Bar) -> Stage:
@@ -186,6 +354,6 @@ def _stage(name: str, model: Model, judged: States, recipe: Recipe, bar: Bar) ->
         name=name,
         num_parameters=model.num_parameters,
         transformer_bytes=model.num_parameters * model.stored_dtype.itemsize,
-        velocity_error=float(velocity_errors(model.pipeline.transformer, judged).mean()),
+        velocity_error=float(velocity_errors(model.mmdit, judged).mean()),
         score=score,
     )

@@ -9,19 +9,11 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from toolchain.families import open_model
-from toolchain.families.view import save_model_
+from toolchain.families.view import save_model
+from toolchain.geometry import Unit
 from toolchain.plan import CompressionPlan
 from toolchain.prune import prune
 from toolchain.trajectories import sample_states
-
-PLAN = CompressionPlan(
-    model="sd35",
-    num_blocks=6,
-    removed_blocks=(2, 4),
-    frozen_blocks=(0, 1),
-    ratio_asked=0.3,
-    ratio_reached=0.3,
-)
 
 
 def test_a_checkpoint_with_t5_in_bfloat16_gives_such_a_student(tiny_sd35_path: Path, tmp_path: Path) -> None:
@@ -32,7 +24,16 @@ def test_a_checkpoint_with_t5_in_bfloat16_gives_such_a_student(tiny_sd35_path: P
     num_clip_tokens, num_t5_tokens = 16, 256
     assert states.text.tokens_BTJ.shape[1] == num_clip_tokens + num_t5_tokens
 
-    save_model_(prune(teacher, PLAN), tmp_path)
+    plan = CompressionPlan(
+        model="sd35",
+        geometry=teacher.geometry,
+        semantics="zero",
+        rule="manual",
+        removed=(Unit(2), Unit(4)),
+        strength={"embedders": 0.0, "head": 1.0, **{str(index): 1.0 for index in (0, 1, 3, 5)}},
+        asked={},
+    )
+    save_model(prune(teacher, plan), tmp_path)
     plain = StableDiffusion3Pipeline.from_pretrained(tmp_path)
     assert plain.text_encoder_3 is not None
     assert plain.transformer.config.num_layers == 4

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from toolchain import cli, compress
 from toolchain.artifacts import read_json
 from toolchain.families import open_model
+from toolchain.plan import plan_from_json, sensitivity_from_json
+from toolchain.rules import format_units
 from toolchain.shapes.world import TASKS
 
 TINY = ("--steps", "3", "--per-task", "1", "--ratio", "0.2")
@@ -39,12 +41,29 @@ def hptool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (("compress", "nosuch"), "there is no model 'nosuch'"),
         (("compress", "a/b/c"), "there is no model 'a/b/c'"),
         (("compress", "full"), "without model_index.json"),
-        (("compress", "flux"), "flux is a FluxPipeline; supported: StableDiffusion3Pipeline"),
+        (("compress", "sana"), "sana is a SanaPipeline"),
         (("compress", "--ratio", "0"), "ratio 0.0 is out of range"),
         (("compress", "--ratio", "-0.5"), "ratio -0.5 is out of range"),
         (("compress", "--ratio", "nan"), "ratio nan is out of range"),
         (("compress", "--ratio", "1.5"), "ratio 1.5 is out of range"),
-        (("compress", "--ratio", "0.95"), "ratio 0.95 is out of range"),
+        (("compress", "--ratio", "0.999"), "ratio 0.999 is out of range"),
+        (
+            ("compress", "--ratio", "0.2", "--max-bytes", "9"),
+            "a budget is one of ratio, max_bytes and max_flops",
+        ),
+        (("compress", "--max-bytes", "90000000"), "nothing needs to go"),
+        (("compress", "--remove", "3-1"), "the range '3-1' runs backwards"),
+        (("compress", "--remove", "3,2-4"), "3 is removed twice"),
+        (("compress", "--remove", "16"), "there is no block 16"),
+        (("compress", "--remove", "3.mlp"), "block 3 has no component 'mlp'"),
+        (("compress", "--remove", "0-15"), "removes every block"),
+        (("compress", "--remove", "3", "--ratio", "0.2"), "--remove says what goes"),
+        (("compress", "--plan", "nosuch.json"), "nosuch.json"),
+        (("compress", "--plan", "other.json"), "this is no plan of schema version 2"),
+        (("compress", "--analysis", "other.json"), "this is no analysis of schema version 2"),
+        (("plan", "other.json"), "this is no plan of schema version 2"),
+        (("analyze", "--metric", "beauty"), "the metric 'beauty' is not installed"),
+        (("analyze", "--metric", "clip"), "the metric 'clip' needs"),
         (("compress", "--output", "full"), "output full is not empty"),
         (("compress", "--output", "file"), "output file is a file"),
         (("compress", "--output", "file/student"), "cannot write file/student"),
@@ -73,8 +92,9 @@ def test_bad_input_is_one_message_and_exit_code_2(
     (here / "full").mkdir()
     (here / "full" / "thing").write_text("kept")
     (here / "file").write_text("kept")
-    (here / "flux").mkdir()
-    (here / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (here / "sana").mkdir()
+    (here / "sana" / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
+    (here / "other.json").write_text("{}")
     assert hptool(monkeypatch, *arguments) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -82,7 +102,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert message in shown.err
     assert len(shown.err.splitlines()) == 1
     names = sorted(path.name for path in here.rglob("*"))
-    assert names == ["file", "flux", "full", "model_index.json", "thing"]
+    assert names == ["file", "full", "model_index.json", "other.json", "sana", "thing"]
     assert (here / "file").read_text() == (here / "full" / "thing").read_text() == "kept"
 
 
@@ -138,17 +158,75 @@ def test_compress_writes_a_student_with_its_plan(
     outcome = json.loads(capsys.readouterr().out)
     assert [stage["name"] for stage in outcome["stages"]] == ["original", "pruned", "distilled"]
     student = Path("tiny-student")
-    plan = read_json(student / "plan.json")
-    assert plan["removed_blocks"] == outcome["removed_blocks"]
-    assert len(read_json(student / "sensitivity.json")["blocks"]) == 6
+    plan = plan_from_json(read_json(student / "plan.json"))
+    assert format_units(plan.removed) == outcome["removed"]
+    assert plan.ratio_reached == outcome["ratio_reached"] >= 0.2
+    analysis = sensitivity_from_json(read_json(student / "sensitivity.json"))
+    assert len(analysis.geometry.blocks) == 6
     model = open_model(str(student))
-    assert model.num_parameters == outcome["stages"][-1]["num_parameters"]
-    assert model.pipeline.transformer.config.num_layers == 6 - len(plan["removed_blocks"])
+    assert model.num_parameters == plan.reached.parameters == outcome["stages"][-1]["num_parameters"]
     report = read_json(student / "report.json")
-    assert (report["schema_version"], report["recipe"]["ratio"], report["recipe"]["steps"]) == (1, 0.2, 3)
+    assert (report["schema_version"], report["recipe"]["steps"]) == (2, 3)
+    assert report["recipe"]["decision"]["budget"]["ratio"] == 0.2
     assert {name: report[name] for name in outcome} == outcome
-    assert StableDiffusion3Pipeline.from_pretrained(student, text_encoder_3=None, tokenizer_3=None)
     assert sorted(path.name for path in Path().iterdir()) == [".hptool.json", "tiny-student"]
+
+
+def test_a_student_without_whole_blocks_is_a_plain_diffusers_pipeline(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hptool(monkeypatch, "compress", str(tiny_path), "--remove", "2-3", "--steps", "2", *TINY[2:4]) == 0
+    pipeline = StableDiffusion3Pipeline.from_pretrained("tiny-student", text_encoder_3=None, tokenizer_3=None)
+    assert pipeline.transformer.config.num_layers == 4
+
+
+@pytest.mark.parametrize("family", ["tiny_dual_path", "tiny_flux_path"])
+def test_analyze_plan_and_compress_work_alike_for_every_family(
+    family: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Components go, and the student is to the bit what was opened, pruned and written."""
+    model = str(request.getfixturevalue(family))
+    Path("prompts.txt").write_text("\n".join(f"a picture of {index} cats" for index in range(8)))
+    few = ("--prompts", "prompts.txt", "--num-prompts", "2")
+    assert hptool(monkeypatch, "analyze", model, *few, "-o", "analysis") == 0
+    assert Path("analysis/sensitivity.png").stat().st_size > 10_000
+    assert (
+        hptool(monkeypatch, "plan", model, *few, "--analysis", "analysis/sensitivity.json", "-o", "plan.json")
+        == 0
+    )
+    plan = plan_from_json(read_json(Path("plan.json")))
+    assert plan.removed_components
+    assert Path("plan.png").stat().st_size > 10_000
+    assert hptool(monkeypatch, "plan", "plan.json") == 0
+    assert (
+        hptool(monkeypatch, "compress", model, *few, "--plan", "plan.json", "--steps", "2", "-o", "small")
+        == 0
+    )
+    student = open_model("small")
+    assert student.num_parameters == plan.reached.parameters
+    assert student.pipeline.transformer.config["removed_components"]
+
+
+def test_a_compression_that_was_stopped_goes_on_where_it_was(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    command = ("compress", str(tiny_path), *TINY, "--output")
+    assert hptool(monkeypatch, *command, "whole") == 0
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(compress, "save_model", full)
+        broken.setattr(sys, "argv", ["hptool", *command, "halved"])
+        with pytest.raises(OSError, match="No space left"):
+            cli.main()
+    assert not Path("halved").exists()
+    assert Path("halved.work/state.safetensors").exists()
+    assert hptool(monkeypatch, *command, "halved") == 0
+    assert not Path("halved.work").exists()
+    assert (Path("halved") / weights).read_bytes() == (Path("whole") / weights).read_bytes()
 
 
 def test_the_same_seed_gives_the_same_student(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,23 +288,18 @@ def test_no_steps_only_prune_and_no_captions_leave_out_the_scores(
 def test_a_student_can_be_compressed_again(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hptool(monkeypatch, "compress", str(tiny_path), *TINY, "--output", "once") == 0
     assert hptool(monkeypatch, "compress", "once", *TINY, "--output", "twice") == 0
-    layers = [open_model(name).pipeline.transformer.config.num_layers for name in ("once", "twice")]
-    assert layers[1] < layers[0] < 6
+    sizes = [open_model(str(name)).num_parameters for name in (tiny_path, "once", "twice")]
+    assert sizes[1] <= 0.8 * sizes[0]
+    assert sizes[2] <= 0.8 * sizes[1]
     assert read_json(Path("twice/plan.json"))["model"] == "once"
 
 
-def test_what_fails_while_a_student_is_written_leaves_nothing(
-    tiny_path: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_plan_of_another_model_is_refused(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(_: object, path: Path) -> None:
-        (path / "half").write_text("written")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(compress, "save_model_", full)
-    monkeypatch.setattr(sys, "argv", ["hptool", "compress", str(tiny_path), *TINY])
-    with pytest.raises(OSError, match="No space left"):
-        cli.main()
-    assert list(here.iterdir()) == []
+    assert hptool(monkeypatch, "plan", str(tiny_path), "--remove", "2", "-o", "plan.json") == 0
+    assert hptool(monkeypatch, "compress", "shapes", "--plan", "plan.json") == 2
+    assert "blocks 6 where the model has 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
