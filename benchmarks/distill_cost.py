@@ -115,6 +115,7 @@ def _model() -> tuple[Model, CompressionPlan, States]:
         text=TextStates(
             tokens_BTJ=torch.randn(NUM_STATES, TEXT_TOKENS, 512), pooled_BP=torch.randn(NUM_STATES, 512)
         ),
+        guidance_scale=None,
     )
     return model, _plan(model.geometry, REMOVED), states
 
@@ -165,7 +166,8 @@ class Whole:
     def _run(
         self, model: MMDiT, latents: torch.Tensor, timesteps: torch.Tensor, text: TextStates
     ) -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor | None, ...]]]:
-        streams, seen = model.begin(latents, timesteps, text), {}
+        streams = model.begin(latents, timesteps, text)
+        seen: dict[int, tuple[torch.Tensor | None, ...]] = {}
         first = REMOVED[0]  # nothing is removed before it, so it is the student's first own block as well
         for index, block in enumerate(model.blocks):
             streams = model.apply(block, streams)
