@@ -20,6 +20,7 @@ from deploy.errors import DeployError
 from export.errors import ExportError
 from profiles.schema import ProfileError
 from toolchain.errors import ToolchainError
+from toolchain.families.view import Precision
 from toolchain.geometry import Semantics
 from toolchain.plan import PLAN_FILE, SENSITIVITY_FILE, RuleName, StrengthMode
 from toolchain.rules import Budget, Grain, Options, PositionWeight, parse_units
@@ -60,6 +61,12 @@ Prompts = Annotated[
     Path | None, typer.Option(help="Text file with a prompt a line; needed for any model but `shapes`.")
 ]
 NumPrompts = Annotated[int, typer.Option(help="Prompts to measure harm on.", min=1)]
+WeightsIn = Annotated[
+    Precision,
+    typer.Option(
+        "--precision", help="What the model is held in: `stored` takes half the memory for 16-bit weights."
+    ),
+]
 Analysis = Annotated[
     Path | None,
     typer.Option(help=f"A {SENSITIVITY_FILE} of `analyze`, to be used in place of a new analysis."),
@@ -109,6 +116,7 @@ def analyze(
     semantics: Removal = "zero",
     components: Annotated[bool, typer.Option(help="Also the components of the blocks.")] = True,
     pairs: Annotated[bool, typer.Option(help="Also pairs of neighbours.")] = False,
+    precision: WeightsIn = "float32",
     seed: Seed = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory; of an earlier run, to go on with it.")
@@ -126,7 +134,7 @@ def analyze(
     from toolchain.plots import draw_sensitivity
 
     judge = open_metric(metric)
-    opened = open_model(model)
+    opened = open_model(model, precision=precision)
     texts = analysis_prompts(opened, prompts, num_prompts, seed=seed)
     seeds = range(seed, seed + num_seeds)
     directory = output or Path(f"{_name(model)}-analysis")
@@ -169,6 +177,7 @@ def plan(
     analysis: Analysis = None,
     prompts: Prompts = None,
     num_prompts: NumPrompts = 16,
+    precision: WeightsIn = "float32",
     seed: Seed = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file to write the plan to.")
@@ -186,7 +195,7 @@ def plan(
         from toolchain.compress import analysis_prompts, decide
         from toolchain.families import open_model
 
-        opened = open_model(model)
+        opened = open_model(model, precision=precision)
         decision = _decision(
             opened,
             Options(
@@ -240,6 +249,10 @@ def compress(
     features: Annotated[
         float, typer.Option(help="Weight of the blocks' outputs in the loss; the velocity's is 1.", min=0)
     ] = 0.0,
+    checkpointing: Annotated[
+        bool, typer.Option(help="Train in less memory, at a third more time for the student's part.")
+    ] = False,
+    precision: WeightsIn = "float32",
     seed: Seed = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory to write the student to.")
@@ -259,7 +272,7 @@ def compress(
 
     student = output or Path(f"{_name(model)}-student")
     check_new_directory(student)
-    opened = open_model(model)
+    opened = open_model(model, precision=precision)
     decision = _decision(
         opened,
         Options(
@@ -278,6 +291,7 @@ def compress(
         learning_rate=learning_rate,
         batch_size=batch_size,
         losses=LossWeights(features=features),
+        checkpointing=checkpointing,
         seed=seed,
         captions_per_task=per_task,
     )

@@ -67,6 +67,8 @@ class Recipe:
     passes: int = 1
     """How often each state of the teacher's sampling is trained on."""
     losses: LossWeights = LossWeights(features=0.0)
+    checkpointing: bool = False
+    """As `DistillRecipe` takes it."""
     seed: int = 0
     captions_per_task: int = 40
     """Of ShapesEval; 0 leaves the scores out."""
@@ -240,12 +242,17 @@ def compress_model(
             plan,
             taught,
             DistillRecipe(
-                schedule=schedule, batch_size=recipe.batch_size, seed=recipe.seed, losses=recipe.losses
+                schedule=schedule,
+                batch_size=recipe.batch_size,
+                seed=recipe.seed,
+                losses=recipe.losses,
+                checkpointing=recipe.checkpointing,
             ),
             checkpoint=work / "state.safetensors",
             on_step=lambda _, loss: advance(note=f"loss {loss:.4f}"),
         )
-        student.pipeline.transformer.eval()
+        # What was trained is float32; the rest, and with it the student as a whole, is what the teacher is.
+        student.pipeline.transformer.to(teacher.pipeline.transformer.dtype).eval()
         stages.append(_stage("distilled", student, judged, recipe, bar))
 
     outcome = Outcome(

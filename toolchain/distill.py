@@ -172,6 +172,11 @@ class Lesson:
                 f"the student has {len(student.blocks)} blocks, but the plan leaves {len(plan.kept_blocks)}; "
                 "distil what prune made of this plan"
             )
+        if teacher.transformer.dtype == torch.float16 and recipe.precision == "bfloat16":
+            raise ToolchainError(
+                "the teacher is held in float16, and products of training are bfloat16, which do not mix; "
+                "open it in float32"
+            )
         # The student's last block is its own: where all after it went, it was cut to be the last.
         self.num_shared = min(plan.shared_prefix, len(student.blocks) - 1)
         """Blocks of the prefix, to which the embedders belong; 0 if there is no prefix."""

@@ -107,7 +107,7 @@ def sample_states(
         for timestep in scheduler.timesteps:
             doubled = torch.cat([latents, latents]) if guided else latents
             timesteps = timestep.expand(len(doubled))
-            predicted = mmdit.velocity(doubled, timesteps, states)
+            predicted = mmdit.velocity(doubled, timesteps, states).float()
             parts.append(tuple(_interleaved(item, guided) for item in (doubled, timesteps, predicted, both)))
             if guided:
                 free, asked = predicted.chunk(2)

@@ -346,3 +346,39 @@ def test_a_model_of_another_world_is_not_scored(
     Path("other/generation_defaults.json").unlink()
     assert hptool(monkeypatch, "evaluate", "other", "--per-task", "1") == 2
     assert "other is not a model of the shapes world" in capsys.readouterr().err
+
+
+def test_a_model_held_as_it_is_stored_is_compressed_as_well(
+    tiny_flux_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("prompts.txt").write_text("\n".join(f"a picture of {index} cats" for index in range(8)))
+    what = ("--remove", "1,3.mlp", "--strengths", "pwp", "--prompts", "prompts.txt", "--num-prompts", "2")
+    for name, precision in (("full", "float32"), ("half", "stored")):
+        how = (
+            "--precision",
+            precision,
+            "--output",
+            name,
+            "--steps",
+            "3",
+            "--per-task",
+            "0",
+            "--checkpointing",
+        )
+        assert hptool(monkeypatch, "compress", str(tiny_flux_path), *what, *how) == 0
+    errors = [
+        read_json(Path(name) / "report.json")["stages"][-1]["velocity_error"] for name in ("full", "half")
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+    stored = [
+        load_file(f"{name}/transformer/diffusion_pytorch_model.safetensors") for name in ("full", "half")
+    ]
+    assert {item.dtype for part in stored for item in part.values()} == {torch.bfloat16}
+
+
+def test_a_model_held_in_float16_is_not_trained_in_bfloat16(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("compress", str(tiny_path), "--remove", "3", "--precision", "stored", "--steps", "3")
+    assert hptool(monkeypatch, *command, "--per-task", "0") == 2
+    assert "open it in float32" in capsys.readouterr().err

@@ -143,6 +143,7 @@ class Flux(MMDiT):
     def begin(self, latents_BCHW: torch.Tensor, timesteps_B: torch.Tensor, text: TextStates) -> Streams:
         """What the first block is given."""
         transformer = self.transformer
+        latents_BCHW, text = latents_BCHW.to(transformer.dtype), text.to(transformer.dtype)
         image = transformer.x_embedder(self.pipeline_latents(latents_BCHW))
         # Times go by way of 0 to 1 because diffusers' do, which matters in 16 bits.
         times = [(timesteps_B.to(latents_BCHW.dtype) / 1000).to(image.dtype) * 1000]

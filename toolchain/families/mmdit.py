@@ -38,6 +38,10 @@ class TextStates:
         """Those of some prompts."""
         return TextStates(tokens_BTJ=self.tokens_BTJ[rows], pooled_BP=self.pooled_BP[rows])
 
+    def to(self, dtype: torch.dtype) -> TextStates:
+        """The same in another precision."""
+        return TextStates(tokens_BTJ=self.tokens_BTJ.to(dtype), pooled_BP=self.pooled_BP.to(dtype))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Streams:
@@ -95,7 +99,10 @@ class MMDiT(ABC):
 
     @abstractmethod
     def begin(self, latents_BCHW: torch.Tensor, timesteps_B: torch.Tensor, text: TextStates) -> Streams:
-        """What the first block is given; timesteps run from 0 (clean) to 1000 (noise)."""
+        """What the first block is given, in the transformer's precision.
+
+        Timesteps run from 0 (clean) to 1000 (noise).
+        """
 
     @abstractmethod
     def apply(self, block: nn.Module, streams: Streams) -> Streams:

@@ -79,6 +79,7 @@ class SD3(MMDiT):
     def begin(self, latents_BCHW: torch.Tensor, timesteps_B: torch.Tensor, text: TextStates) -> Streams:
         """What the first block is given."""
         transformer = self.transformer
+        latents_BCHW, text = latents_BCHW.to(transformer.dtype), text.to(transformer.dtype)
         return Streams(
             image_BND=transformer.pos_embed(latents_BCHW).contiguous(),
             text_BTD=transformer.context_embedder(text.tokens_BTJ),
