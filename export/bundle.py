@@ -354,6 +354,8 @@ def _require_bits(bits: int) -> Bits:
 
 
 def _require_pipeline(pipeline: Any) -> None:
+    if (name := type(pipeline).__name__) != "StableDiffusion3Pipeline":
+        raise ExportError(f"A {name} cannot be exported yet; pipelines of Stable Diffusion 3 and 3.5 can.")
     if getattr(pipeline, "text_encoder_3", None) is not None:
         raise ExportError(
             "The pipeline has a third text encoder (T5), which is not exported yet. Load the pipeline with "

@@ -382,3 +382,11 @@ def test_a_model_held_in_float16_is_not_trained_in_bfloat16(
     command = ("compress", str(tiny_path), "--remove", "3", "--precision", "stored", "--steps", "3")
     assert hptool(monkeypatch, *command, "--per-task", "0") == 2
     assert "open it in float32" in capsys.readouterr().err
+
+
+def test_a_family_that_is_not_exported_yet_is_refused_by_name(
+    tiny_flux_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hptool(monkeypatch, "export", str(tiny_flux_path), "--output", "bundle") == 2
+    assert "A FluxPipeline cannot be exported yet" in capsys.readouterr().err
+    assert not Path("bundle").exists()
