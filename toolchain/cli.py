@@ -252,6 +252,14 @@ def compress(
     checkpointing: Annotated[
         bool, typer.Option(help="Train in less memory, at a third more time for the student's part.")
     ] = False,
+    cache_prefix: Annotated[
+        bool,
+        typer.Option(help="Keep the outputs of the frozen beginning on disk; for --strengths pwp and such."),
+    ] = False,
+    turn: Annotated[
+        int | None,
+        typer.Option(help="Let teacher and student take turns in memory, each of so many steps.", min=1),
+    ] = None,
     precision: WeightsIn = "float32",
     seed: Seed = 0,
     output: Annotated[
@@ -292,6 +300,8 @@ def compress(
         batch_size=batch_size,
         losses=LossWeights(features=features),
         checkpointing=checkpointing,
+        cache_prefix=cache_prefix,
+        turn=turn,
         seed=seed,
         captions_per_task=per_task,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from toolchain.analysis import Rescorer, analyze, num_units, velocity_errors
 from toolchain.artifacts import check_new_directory, new_directory, read_json, write_json
-from toolchain.distill import DistillRecipe, distill_
+from toolchain.distill import DistillRecipe, InTurn, distill_
 from toolchain.errors import ToolchainError
 from toolchain.evaluate import ShapesScore, evaluate_shapes, num_batches
 from toolchain.families.view import Model, save_model
@@ -69,6 +69,10 @@ class Recipe:
     losses: LossWeights = LossWeights(features=0.0)
     checkpointing: bool = False
     """As `DistillRecipe` takes it."""
+    cache_prefix: bool = False
+    """Compute the frozen beginning once for every state and read it from disk from then on."""
+    turn: int | None = None
+    """Steps after which teacher and student take turns in memory; None keeps both."""
     seed: int = 0
     captions_per_task: int = 40
     """Of ShapesEval; 0 leaves the scores out."""
@@ -248,6 +252,8 @@ def compress_model(
                 losses=recipe.losses,
                 checkpointing=recipe.checkpointing,
             ),
+            cache_prefix=work / "prefix.safetensors" if recipe.cache_prefix else None,
+            in_turn=None if recipe.turn is None else InTurn(steps=recipe.turn, directory=work),
             checkpoint=work / "state.safetensors",
             on_step=lambda _, loss: advance(note=f"loss {loss:.4f}"),
         )

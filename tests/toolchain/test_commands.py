@@ -390,3 +390,33 @@ def test_a_family_that_is_not_exported_yet_is_refused_by_name(
     assert hptool(monkeypatch, "export", str(tiny_flux_path), "--output", "bundle") == 2
     assert "A FluxPipeline cannot be exported yet" in capsys.readouterr().err
     assert not Path("bundle").exists()
+
+
+@pytest.mark.parametrize("how", [("--cache-prefix",), ("--turn", "2")])
+def test_saving_memory_does_not_change_the_student(
+    how: tuple[str, ...], tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("compress", str(tiny_path), "--remove", "3,4.ff", "--strengths", "pwp", "--steps", "3")
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    for name, options in (("plain", ()), ("saving", how)):
+        assert hptool(monkeypatch, *command, "--per-task", "0", "--output", name, *options) == 0
+    assert (Path("plain") / weights).read_bytes() == (Path("saving") / weights).read_bytes()
+    assert not Path("saving.work").exists()
+
+
+def test_there_is_nothing_to_cache_where_everything_learns(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = (
+        "compress",
+        str(tiny_path),
+        "--remove",
+        "3",
+        "--steps",
+        "3",
+        "--cache-prefix",
+        "--per-task",
+        "0",
+    )
+    assert hptool(monkeypatch, *command) == 2
+    assert "leave cache_prefix out" in capsys.readouterr().err
