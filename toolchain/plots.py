@@ -182,8 +182,9 @@ def _map(
     norm: Normalize
     if scale.logarithmic:
         # What is harmless or less takes the colour of the least harm.
-        norm = LogNorm(max(scale.above[0], scale.above[1] / _MAP_RANGE), scale.above[1], clip=True)
-        values = np.where(values <= 0, norm.vmin, values)
+        least = max(scale.above[0], scale.above[1] / _MAP_RANGE)
+        norm = LogNorm(least, scale.above[1], clip=True)
+        values = np.where(values <= 0, least, values)
     else:
         norm = Normalize(min(0.0, scale.least), scale.above[1])
     axis.set_facecolor(_GREY)

@@ -32,9 +32,9 @@ class Metric(ABC):
     @property
     def options(self) -> dict[str, Any]:
         """As given, for the record."""
-        if not dataclasses.is_dataclass(self):
-            return {}
-        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        subject: Any = self
+        fields = dataclasses.fields(subject) if dataclasses.is_dataclass(subject) else ()
+        found = {field.name: getattr(self, field.name) for field in fields}
         return {key: str(value) if isinstance(value, Path) else value for key, value in found.items()}
 
 

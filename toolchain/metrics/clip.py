@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,7 +57,7 @@ class Encoder:
         return F.normalize(found.pooler_output, dim=-1)
 
     @torch.no_grad()
-    def pictures(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
+    def pictures(self, pictures: Iterable[npt.NDArray[np.uint8]]) -> torch.Tensor:
         """Unit vectors [N, width] of pictures [height, width, 3] of any sizes."""
         pixels = self._processor(list(pictures), return_tensors="pt", input_data_format="channels_last")
         return F.normalize(self._model.get_image_features(pixels["pixel_values"]).pooler_output, dim=-1)

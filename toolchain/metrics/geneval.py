@@ -129,7 +129,7 @@ class Geneval(PictureMetric):
 
     def _colors(self, picture: npt.NDArray[np.uint8], group: list[Found], name: str) -> list[str]:
         texts = [template.format(color, name) for color in COLORS for template in _TEMPLATES]
-        embedded = self._encoder.texts(texts).unflatten(0, (len(COLORS), len(_TEMPLATES)))
+        embedded = self._encoder.texts(texts).reshape(len(COLORS), len(_TEMPLATES), -1)
         crops = self._encoder.pictures([_crop(picture, item) for item in group])
         nearest = (crops @ F.normalize(embedded.mean(1), dim=-1).T).argmax(1)
         return [COLORS[int(index)] for index in nearest]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from toolchain.errors import ToolchainError
 from toolchain.metrics import PictureMetric
 from toolchain.shapes.detector import score
-from toolchain.shapes.world import COLORS, RELATIONS, SHAPES, Caption, Task, Thing
+from toolchain.shapes.world import COLORS, RELATIONS, SHAPES, Caption, Relation, Task, Thing
 
 _COUNTS = {"two": 2, "three": 3, "four": 4}
 _SHAPE, _COLOR = "|".join(SHAPES), "|".join(COLORS)
@@ -63,4 +64,4 @@ def read_caption(text: str) -> Caption:
     things = (first, Thing(shape=part["shape2"], color=part["color2"]))
     if part["relation"] == "and":
         return Caption(text=text, task="color_attr" if first.color else "two_object", things=things)
-    return Caption(text=text, task="position", things=things, relation=part["relation"])
+    return Caption(text=text, task="position", things=things, relation=cast("Relation", part["relation"]))
