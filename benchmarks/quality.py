@@ -359,8 +359,9 @@ def _page(groups: Groups) -> str:
         f"One thread a student; {', '.join(sorted(machines))}. Seeds {', '.join(map(str, seeds))}:",
         "each has prompts, noise, batches and evaluation captions of its own.",
         f"{STEPS} steps of {BATCH_SIZE} states unless it says otherwise, learning rate {LEARNING_RATE:g}.",
-        f"ShapesEval over {6 * PER_TASK} captions, mean ± standard deviation over seeds; velocity error x 1000",
-        "on 48 held-out trajectories, of what the sampler follows; INT4 as `hptool export` rounds.",
+        f"ShapesEval over {6 * PER_TASK} captions, mean ± standard deviation over seeds;",
+        "velocity error x 1000 on 48 held-out trajectories, of what the sampler follows;",
+        "INT4 as `hptool export` rounds.",
     ]
     for ratio in RATIOS:
         lines += ["", f"## {ratio:.0%} of the parameters", "", *_table((ORIGINAL, *METHODS), groups, ratio)]

@@ -354,7 +354,10 @@ def _require_bits(bits: int) -> Bits:
 
 
 def _require_pipeline(pipeline: Any) -> None:
-    if (name := type(pipeline).__name__) != "StableDiffusion3Pipeline":
+    from diffusers import SD3Transformer2DModel
+
+    if not isinstance(pipeline.transformer, SD3Transformer2DModel):
+        name = type(pipeline).__name__
         raise ExportError(f"A {name} cannot be exported yet; pipelines of Stable Diffusion 3 and 3.5 can.")
     if getattr(pipeline, "text_encoder_3", None) is not None:
         raise ExportError(
