@@ -191,13 +191,12 @@ def _removals(plan: CompressionPlan) -> Table:
     items, whole = freed(plan), plan.geometry.size
     halves = 2 if len(items) > 4 else 1
     height = -(-len(items) // halves)
-    table = _table(*(("removed", "frees", "of all", "of FLOPs") * halves))
+    table = _table(*(("removed", "of parameters", "of FLOPs") * halves))
     for row in range(height):
         cells: list[str] = []
         for unit, size in items[row::height]:
             cells += (
                 str(unit),
-                _number(size.parameters),
                 _percent(size.parameters, whole.parameters),
                 _percent(size.flops, whole.flops),
             )
