@@ -157,7 +157,9 @@ class Geneval(PictureMetric):
         """The names of all classes, and what finds objects."""
         try:
             config = AutoConfig.from_pretrained(self.detector, local_files_only=True)
-            segments = type(config) in AutoModelForUniversalSegmentation._model_mapping
+            # A configuration like DETR's serves both kinds; what was saved says which one it is.
+            boxes = any(name.endswith("ForObjectDetection") for name in config.architectures or ())
+            segments = not boxes and type(config) in AutoModelForUniversalSegmentation._model_mapping
             kind = AutoModelForUniversalSegmentation if segments else AutoModelForObjectDetection
             model, report = kind.from_pretrained(
                 self.detector,
