@@ -138,7 +138,8 @@ class _Scale:
         above = [harm for harm, _ in found if harm > 0]
         self.logarithmic = len(above) > 1 and max(above) > _LOG_RANGE * float(np.median(above))
         self.low = min([0.0, *(harm - error for harm, error in found if harm < 0)])
-        self.high = max([0.0, *(harm + error for harm, error in found)])
+        # Where nothing harms at all, any height will do for bars of none.
+        self.high = max([0.0, *(harm + error for harm, error in found)]) or 1.0 * (self.low == 0)
         self.least = min((harm for harm, _ in found), default=0.0)
         self.above = (min(above), max(above)) if above else (0.0, 0.0)
 
