@@ -125,6 +125,13 @@ class Flux(MMDiT):
     sparse = SparseFluxTransformer2DModel
     embedders = ("x_embedder", "time_text_embed", "context_embedder", "pos_embed")
 
+    @classmethod
+    def usual_settings(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Without an embedded guidance it is distilled to few steps, as schnell."""
+        if config.get("guidance_embeds"):
+            return {"num_inference_steps": 28, "guidance_scale": 3.5, "max_sequence_length": 512}
+        return {"num_inference_steps": 4, "guidance_scale": 0.0, "max_sequence_length": 512}
+
     @property
     def blocks(self) -> list[nn.Module]:
         """Those of two streams, then those of one."""

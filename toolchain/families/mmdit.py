@@ -130,6 +130,15 @@ class MMDiT(ABC):
     ) -> None:
         """Lay out the steps of sampling as the pipeline does for latents of this size."""
 
+    @classmethod
+    def usual_settings(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Where a model that does not say how it wants to be run differs from `GenerationDefaults`.
+
+        Args:
+            config: Of its transformer.
+        """
+        return {}
+
     def pipeline_latents(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
         """Latents as the pipeline takes them."""
         return latents_BCHW

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +29,11 @@ BUILT_IN = "shapes"
 DEFAULTS_FILE = "generation_defaults.json"
 
 _SCHEMA_VERSION = 1
-_MODULES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
+# By the class of the pipeline. A new family is a module with a subclass of MMDiT, and a line here.
+_FAMILIES = {
+    "StableDiffusion3Pipeline": "toolchain.families.sd3:SD3",
+    "FluxPipeline": "toolchain.families.flux:Flux",
+}
 
 Precision = Literal["float32", "stored"]
 
@@ -152,9 +157,9 @@ def open_model(source: str, *, precision: Precision = "float32") -> Model:
     path = _resolve(source)
     index = read_json(path / "model_index.json")
     name = index.get("_class_name")
-    if name not in _MODULES:
+    if name not in _FAMILIES:
         raise ToolchainError(
-            f"{source} is a {name}; supported: {', '.join(_MODULES)} "
+            f"{source} is a {name}; supported: {', '.join(_FAMILIES)} "
             "(Stable Diffusion 3 and 3.5, FLUX.1, and their students)"
         )
     family = _family(name)
@@ -164,7 +169,7 @@ def open_model(source: str, *, precision: Precision = "float32") -> Model:
             f"the transformer of {source} is {part}; that of a {name} is a {family.plain.__name__}"
         )
     transformer = read_json(path / "transformer" / "config.json")
-    defaults, world = _read_defaults(path, _own_defaults(family.family, transformer))
+    defaults, world = _read_defaults(path, GenerationDefaults(**family.usual_settings(transformer)))
     pipeline = _load(source, path, index, family, precision)
     model = Model(
         source=source,
@@ -252,13 +257,9 @@ def _resolve(source: str) -> Path:
 
 
 def _family(pipeline: str) -> type[MMDiT]:
-    if _MODULES[pipeline] == "sd3":
-        from toolchain.families.sd3 import SD3
-
-        return SD3
-    from toolchain.families.flux import Flux
-
-    return Flux
+    module, _, name = _FAMILIES[pipeline].partition(":")
+    family: type[MMDiT] = getattr(import_module(module), name)
+    return family
 
 
 def _load(
@@ -362,16 +363,6 @@ def _stored_dtype(part: Path) -> torch.dtype:
     if name not in known:
         raise ToolchainError(f"{part} is stored as {name}; supported: {', '.join(known)}")
     return known[name]
-
-
-def _own_defaults(family: str, transformer: dict[str, Any]) -> GenerationDefaults:
-    """How a model wants to be run that does not say so."""
-    if family == "sd3":
-        return GenerationDefaults()
-    if transformer.get("guidance_embeds"):
-        return GenerationDefaults(num_inference_steps=28, guidance_scale=3.5, max_sequence_length=512)
-    # Without an embedded guidance it is distilled to few steps, as FLUX.1-schnell.
-    return GenerationDefaults(num_inference_steps=4, guidance_scale=0.0, max_sequence_length=512)
 
 
 def _read_defaults(
