@@ -5,6 +5,7 @@ The rules and thresholds are those of its authors; the detector is any that tran
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Geneval(PictureMetric):
     name = "geneval"
 
     detector: Path
-    """Directory of a model for object detection or instance segmentation, as transformers writes it."""
+    """Directory of a model for object detection, or of Mask2Former's kind, as transformers writes it."""
     metadata: Path
     """JSON lines as GenEval has them: prompt, tag, include and perhaps exclude."""
     clip: Path | None = None
@@ -173,6 +174,15 @@ class Geneval(PictureMetric):
             raise ToolchainError(f"{self.detector} cannot be read as a detector: {error}") from error
         if missing := sorted(report["missing_keys"]):
             raise ToolchainError(f"{self.detector} lacks weights of its detector: {', '.join(missing[:5])}")
+        # Objects overlap. In the one map that other models of masks make, each covers those before it.
+        if segments and (
+            "return_binary_maps"
+            not in inspect.signature(processor.post_process_instance_segmentation).parameters
+        ):
+            raise ToolchainError(
+                f"{self.detector} is a {type(model).__name__}, from which transformers gives no masks that "
+                "may overlap; use Mask2Former, MaskFormer or a model for object detection"
+            )
         labels = {int(index): str(name) for index, name in config.id2label.items()}
         model.eval()
 
@@ -182,9 +192,11 @@ class Geneval(PictureMetric):
             outputs, sizes = model(**inputs), [picture.shape[:2]]
             if segments:
                 (seen,) = processor.post_process_instance_segmentation(
-                    outputs, threshold=threshold, target_sizes=sizes
+                    outputs, threshold=threshold, target_sizes=sizes, return_binary_maps=True
                 )
-                return [_segment(seen["segmentation"], item, labels) for item in seen["segments_info"]]
+                return [
+                    _segment(seen["segmentation"][item["id"]], item, labels) for item in seen["segments_info"]
+                ]
             (seen,) = processor.post_process_object_detection(
                 outputs, threshold=threshold, target_sizes=sizes
             )
@@ -196,8 +208,8 @@ class Geneval(PictureMetric):
         return set(labels.values()), find
 
 
-def _segment(map_HW: torch.Tensor, item: dict[str, Any], labels: dict[int, str]) -> Found:
-    mask: npt.NDArray[np.bool_] = (map_HW == item["id"]).numpy()
+def _segment(mask_HW: torch.Tensor, item: dict[str, Any], labels: dict[int, str]) -> Found:
+    mask: npt.NDArray[np.bool_] = mask_HW.bool().numpy()
     y, x = np.nonzero(mask)
     box = (float(x.min()), float(y.min()), float(x.max() + 1), float(y.max() + 1))
     return Found(label=labels[item["label_id"]], score=float(item["score"]), box=box, mask=mask)
