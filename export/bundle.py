@@ -16,9 +16,10 @@ from tokenizers import Tokenizer as BackendTokenizer
 from deploy import bundle as format
 from deploy.bundle import Bundle, open_bundle
 from export import parity
+from export.denoiser import lower_transformer
 from export.engine import build_engine, require_tensorrt_rtx
 from export.errors import ExportError
-from export.lower import lower_text_encoder, lower_transformer, lower_vae_decoder
+from export.lower import lower_text_encoder, lower_vae_decoder
 from export.parity import ParityRow, check_graph
 from export.passes import QuantizeWeights, StoreWeights
 from export.quantize import Bits, QuantReport, StoredWeights, store_weights
@@ -150,11 +151,11 @@ def _export_transformer(
     group_size: int,
     report: Report,
 ) -> _Component:
-    transformer, here = model.pipeline.transformer, directory / "transformer"
+    here, tensors = directory / "transformer", model.weights("transformer")
     here.mkdir()
     report("lowering the transformer")
-    full = lower_transformer(transformer, "float32")
-    half = lower_transformer(transformer, "float16") if _wants_half(targets, bits) else None
+    full = lower_transformer(model.mmdit, tensors).graph
+    half = lower_transformer(model.mmdit, tensors, "float16").graph if _wants_half(targets, bits) else None
     cases = parity.transformer_cases(model, (_num_tokens(model), 5))
     rows = []
     if bits != 32:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -26,46 +25,23 @@ from export.errors import ExportError
 from export.passes import canonicalize, is_transposed
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, SD3Transformer2DModel
+    from diffusers import AutoencoderKL
     from transformers import CLIPTextModelWithProjection
 
-__all__ = ["Activations", "lower_text_encoder", "lower_transformer", "lower_vae_decoder"]
+__all__ = [
+    "DTYPES",
+    "Activations",
+    "bind",
+    "lower_text_encoder",
+    "lower_vae_decoder",
+    "trace",
+    "without_weights",
+]
 
 Activations = Literal["float32", "float16"]
 
 OPSET = 21  # the first with blocked DequantizeLinear; 23 has no readers yet
-_DTYPES = {"float32": torch.float32, "float16": torch.float16}
-
-
-def lower_transformer(transformer: SD3Transformer2DModel, activations: Activations = "float32") -> ir.Model:
-    """Lower the denoiser; batch, height, width and the number of text tokens stay free.
-
-    Raises:
-        ExportError: The transformer is of another family, or its weights do not fit the type.
-    """
-    _require(transformer, "SD3Transformer2DModel")
-    if not transformer.pos_embed.pos_embed_max_size:
-        raise ExportError(
-            "The transformer has no pos_embed_max_size, so its position table fits one picture size only. "
-            "Set pos_embed_max_size in the transformer's config.json."
-        )
-    config, dtype = transformer.config, _DTYPES[activations]
-    copied, fake = _without_weights(transformer, dtype)
-    copied.pos_embed.cropped_pos_embed = MethodType(_crop_position_table, copied.pos_embed)
-    patch = config.patch_size
-    batch, tokens = Dim("batch"), Dim("tokens")
-    height, width = patch * Dim("height"), patch * Dim("width")
-    with fake:
-        inputs = {
-            # Sizes differ from each other and from 1, or the tracer takes them for one or a constant.
-            "hidden_states": torch.empty(2, config.in_channels, 4 * patch, 6 * patch, dtype=dtype),
-            "timestep": torch.empty(2),
-            "encoder_hidden_states": torch.empty(2, 7, config.joint_attention_dim, dtype=dtype),
-            "pooled_projections": torch.empty(2, config.pooled_projection_dim, dtype=dtype),
-        }
-    shapes = ({0: batch, 2: height, 3: width}, {0: batch}, {0: batch, 1: tokens}, {0: batch})
-    model = _trace(_Denoiser(copied), fake, inputs, ["velocity"], shapes)
-    return _bind(model, transformer)
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def lower_text_encoder(encoder: CLIPTextModelWithProjection) -> ir.Model:
@@ -75,12 +51,12 @@ def lower_text_encoder(encoder: CLIPTextModelWithProjection) -> ir.Model:
         ExportError: The encoder is of another class.
     """
     _require(encoder, "CLIPTextModelWithProjection")
-    copied, fake = _without_weights(encoder, torch.float32)
+    copied, fake = without_weights(encoder, torch.float32)
     with fake:
         inputs = {"input_ids": torch.zeros(2, 7, dtype=torch.int64)}
     shapes = ({0: Dim("batch"), 1: Dim("length")},)
-    model = _trace(_TextEncoder(copied), fake, inputs, ["hidden_states", "pooled"], shapes)
-    return _bind(model, encoder)
+    model = trace(_TextEncoder(copied), fake, inputs, ["hidden_states", "pooled"], shapes)
+    return bind(model, encoder.state_dict(), encoder.named_buffers())
 
 
 def lower_vae_decoder(vae: AutoencoderKL) -> ir.Model:
@@ -90,33 +66,12 @@ def lower_vae_decoder(vae: AutoencoderKL) -> ir.Model:
         ExportError: The autoencoder is of another class.
     """
     _require(vae, "AutoencoderKL")
-    copied, fake = _without_weights(vae, torch.float32)
+    copied, fake = without_weights(vae, torch.float32)
     with fake:
         inputs = {"latents": torch.empty(2, vae.config.latent_channels, 4, 6)}
     shapes = ({0: Dim("batch"), 2: Dim("height"), 3: Dim("width")},)
-    model = _trace(_Decoder(copied), fake, inputs, ["image"], shapes)
-    return _bind(model, vae)
-
-
-class _Denoiser(nn.Module):
-    def __init__(self, module: Any) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        pooled_projections: torch.Tensor,
-    ) -> Any:
-        return self.module(
-            hidden_states=hidden_states,
-            timestep=timestep,
-            encoder_hidden_states=encoder_hidden_states,
-            pooled_projections=pooled_projections,
-            return_dict=False,
-        )[0]
+    model = trace(_Decoder(copied), fake, inputs, ["image"], shapes)
+    return bind(model, vae.state_dict(), vae.named_buffers())
 
 
 class _TextEncoder(nn.Module):
@@ -138,22 +93,6 @@ class _Decoder(nn.Module):
         return self.module.decode(latents, return_dict=False)[0]
 
 
-def _crop_position_table(embed: Any, height: int, width: int) -> torch.Tensor:
-    """Take the centre of the position table, in arithmetic that stays right as a graph.
-
-    The tracer rewrites (size - rows) // 2 with a negative operand, and ONNX divides towards zero where Python
-    divides down: an odd number of rows would be cropped one row too large.
-    """
-    size = embed.pos_embed_max_size
-    table = embed.pos_embed.reshape(size, size, -1)
-    rows, columns = height // embed.patch_size, width // embed.patch_size
-    top, left = size - (size + rows + 1) // 2, size - (size + columns + 1) // 2
-    table = table.index_select(0, torch.arange(rows, device=table.device) + top)
-    table = table.index_select(1, torch.arange(columns, device=table.device) + left)
-    cropped: torch.Tensor = table.reshape(1, rows * columns, -1)
-    return cropped
-
-
 def _require(module: nn.Module, supported: str) -> None:
     # By name, so that a class is told apart without importing the libraries of all others.
     if not any(kind.__name__ == supported for kind in type(module).__mro__):
@@ -163,7 +102,7 @@ def _require(module: nn.Module, supported: str) -> None:
         )
 
 
-def _without_weights(module: Any, dtype: torch.dtype) -> tuple[Any, FakeTensorMode]:
+def without_weights(module: Any, dtype: torch.dtype) -> tuple[Any, FakeTensorMode]:
     """Copy a module's structure with parameters and buffers that have a shape and a type only."""
     fake = FakeTensorMode()
     memo: dict[int, Any] = {}
@@ -176,7 +115,7 @@ def _without_weights(module: Any, dtype: torch.dtype) -> tuple[Any, FakeTensorMo
     return copy.deepcopy(module, memo), fake
 
 
-def _trace(
+def trace(
     wrapper: nn.Module,
     fake: FakeTensorMode,
     inputs: Mapping[str, torch.Tensor],
@@ -207,35 +146,48 @@ def _trace(
     return model
 
 
-def _bind(model: ir.Model, module: nn.Module) -> ir.Model:
-    """Give each initialiser without a value the parameter of its name, read when it is written."""
-    tensors: dict[str, torch.Tensor] = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+def bind(
+    model: ir.Model, weights: Mapping[str, torch.Tensor], constants: Iterable[tuple[str, torch.Tensor]] = ()
+) -> ir.Model:
+    """Give each initialiser its value, in place: a constant at once, a weight when it is written.
+
+    Args:
+        model: As `trace` gave it.
+        weights: By the initialisers' names.
+        constants: Small buffers that the weights do not hold; they become part of the graph.
+
+    Raises:
+        ExportError: An initialiser is neither a constant nor one of the weights.
+    """
+    fixed = dict(constants)
     for name, value in model.graph.initializers.items():
-        if value.const_value is None:
-            if name not in tensors:
-                raise ExportError(
-                    f"{type(module).__name__} makes the constant {name!r} while it runs, which cannot be "
-                    "exported. Keep it as a buffer of the module."
-                )
-            value.const_value = _lazy(name, tensors[name], value)
+        if value.const_value is not None:
+            continue
+        if name in weights:
+            value.const_value = _lazy(name, weights, value)
+        elif name in fixed:
+            assert value.dtype is not None
+            array = fixed[name].numpy().astype(value.dtype.numpy())
+            value.const_value = ir.Tensor(array.T if is_transposed(value) else array, name=name)
+        else:
+            raise ExportError(
+                f"The model makes the constant {name!r} while it runs, which cannot be exported. "
+                "Keep it as a buffer of the module."
+            )
     return model
 
 
-def _lazy(name: str, tensor: torch.Tensor, value: ir.Value) -> ir.LazyTensor:
+def _lazy(name: str, weights: Mapping[str, torch.Tensor], value: ir.Value) -> ir.LazyTensor:
     assert value.dtype is not None
     assert isinstance(value.shape, ir.Shape)
     dtype, transposed = value.dtype, is_transposed(value)
 
     def read() -> ir.Tensor[Any]:
+        tensor = weights[name].detach().cpu()
+        array = tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
         with np.errstate(over="ignore"):
-            array = (
-                tensor.detach().cpu().float().numpy() if tensor.is_floating_point() else tensor.cpu().numpy()
-            )
-            array = array.T if transposed else array
-            converted = np.ascontiguousarray(array.astype(dtype.numpy()))
+            array = array.astype(dtype.numpy(), copy=False)
+        converted = np.ascontiguousarray(array.T if transposed else array)
         check_finite(name, converted)
         return ir.Tensor(converted, name=name)
 

@@ -15,12 +15,14 @@ from torch import nn
 
 from deploy.bundle import Bundle
 from export import bundle as bundle_module
-from export.lower import lower_text_encoder, lower_transformer, lower_vae_decoder
+from export.denoiser import LoweredTransformer, lower_transformer
+from export.lower import lower_text_encoder, lower_vae_decoder
 from profiles.schema import Profile, load_profile
 from toolchain.families import GenerationDefaults, Model
+from toolchain.families.mmdit import MMDiT
 from toolchain.shapes.model import GENERATION_DEFAULTS, ShapesConfig, build_pipeline
 
-Lower = Callable[..., ir.Model]
+Lower = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
@@ -46,13 +48,14 @@ def model() -> Model:
 @pytest.fixture(scope="session")
 def lower() -> Iterator[Lower]:
     """Lower a module, in the exporter too, as a copy of a graph that is traced once."""
-    traced: dict[Any, ir.Model] = {}
+    traced: dict[Any, ir.Model | LoweredTransformer] = {}
 
     def once(function: Lower) -> Lower:
-        def call(module: nn.Module, *activations: str) -> ir.Model:
-            key = (function, id(module), activations)
+        def call(module: nn.Module | MMDiT, *rest: Any) -> ir.Model | LoweredTransformer:
+            whose = module.transformer if isinstance(module, MMDiT) else module
+            key = (function, id(whose), *(item for item in rest if isinstance(item, str)))
             if key not in traced:
-                traced[key] = function(module, *activations)
+                traced[key] = function(module, *rest)
             return traced[key].clone()
 
         return call

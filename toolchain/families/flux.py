@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -116,6 +116,27 @@ class SparseFluxSingleBlock(SparseBlock):
         return both[:, :text_tokens], both[:, text_tokens:]
 
 
+class RotaryPositions(nn.Module):
+    """Cosines and sines of the rotary embedding in float32, which diffusers computes in float64.
+
+    Args:
+        embed: Of diffusers.
+    """
+
+    def __init__(self, embed: Any) -> None:
+        super().__init__()
+        self.axes = [size // 2 for size in embed.axes_dim]
+        self.frequencies: torch.Tensor
+        powers = torch.cat([torch.arange(0, size, 2, dtype=torch.float64) / size for size in embed.axes_dim])
+        self.register_buffer("frequencies", (1.0 / embed.theta**powers).float())
+
+    def forward(self, places: torch.Tensor) -> Rotary:
+        """Of tokens at places [tokens, axes]: two of [tokens, 2 x frequencies]."""
+        along = [places[:, axis, None].expand(-1, size) for axis, size in enumerate(self.axes)]
+        angles = torch.cat(along, dim=1).float() * self.frequencies
+        return angles.cos().repeat_interleave(2, dim=1), angles.sin().repeat_interleave(2, dim=1)
+
+
 class Flux(MMDiT):
     """FLUX.1; guidance is embedded by `dev` and unknown to `schnell`."""
 
@@ -147,6 +168,11 @@ class Flux(MMDiT):
         """Latents on a side that make one image token."""
         return _PACKED
 
+    @property
+    def embeds_guidance(self) -> bool:
+        """True of `dev`."""
+        return bool(self.transformer.config.guidance_embeds)
+
     def begin(self, latents_BCHW: torch.Tensor, timesteps_B: torch.Tensor, text: TextStates) -> Streams:
         """What the first block is given."""
         transformer = self.transformer
@@ -154,8 +180,8 @@ class Flux(MMDiT):
         image = transformer.x_embedder(self.pipeline_latents(latents_BCHW))
         # Times go by way of 0 to 1 because diffusers' do, which matters in 16 bits.
         times = [(timesteps_B.to(latents_BCHW.dtype) / 1000).to(image.dtype) * 1000]
-        if transformer.config.guidance_embeds:
-            scale = torch.full((len(image),), self.guidance_scale, device=image.device)
+        if self.embeds_guidance:
+            scale = torch.as_tensor(self.guidance_scale, device=image.device).expand(image.shape[0])
             times.append(scale.to(image.dtype) * 1000)
         height, width = latents_BCHW.shape[2:]
         rows, columns = torch.meshgrid(
@@ -187,8 +213,15 @@ class Flux(MMDiT):
         """The velocity [B, C, H, W]."""
         transformer = self.transformer
         patches = transformer.proj_out(transformer.norm_out(streams.image_BND, streams.conditioning_BD))
-        velocity: torch.Tensor = FluxPipeline._unpack_latents(patches, *streams.size, vae_scale_factor=1)
-        return velocity
+        height, width = streams.size
+        rows, columns = height // _PACKED, width // _PACKED
+        patches = patches.reshape(patches.shape[0], rows, columns, -1, _PACKED, _PACKED)
+        latents: torch.Tensor = patches.permute(0, 3, 1, 4, 2, 5).reshape(patches.shape[0], -1, height, width)
+        return latents
+
+    def computed_positions(self, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+        """Rotary embeddings of image and text tokens."""
+        return RotaryPositions(self.transformer.pos_embed)
 
     @classmethod
     def encode_prompts(

@@ -97,6 +97,22 @@ class MMDiT(ABC):
     def patch_size(self) -> int:
         """Latents on a side that make one image token."""
 
+    @property
+    def inner_width(self) -> int:
+        """D."""
+        config = self.transformer.config
+        return int(config.num_attention_heads * config.attention_head_dim)
+
+    @property
+    def rotary_width(self) -> int:
+        """Of the rotary embedding; it has the width of an attention head."""
+        return int(self.transformer.config.attention_head_dim)
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the guidance scale is one of the transformer's inputs."""
+        return False
+
     @abstractmethod
     def begin(self, latents_BCHW: torch.Tensor, timesteps_B: torch.Tensor, text: TextStates) -> Streams:
         """What the first block is given, in the transformer's precision.
@@ -111,6 +127,16 @@ class MMDiT(ABC):
     @abstractmethod
     def end(self, streams: Streams) -> torch.Tensor:
         """The velocity [B, C, H, W] behind the last block."""
+
+    @abstractmethod
+    def computed_positions(self, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+        """What takes the place of the transformer's `pos_embed` in a graph for every size of picture.
+
+        It computes in float32 with real numbers; its buffers are small and become constants of the graph.
+
+        Args:
+            weights: Tensors of the transformer, of which it may want its table.
+        """
 
     @classmethod
     @abstractmethod

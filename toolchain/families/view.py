@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from toolchain.artifacts import read_json, write_json
 from toolchain.errors import ToolchainError
+from toolchain.families.stored import StoredTensors, require_same_names, weight_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +36,7 @@ _FAMILIES = {
     "FluxPipeline": "toolchain.families.flux:Flux",
 }
 
-Precision = Literal["float32", "stored"]
+Precision = Literal["float32", "stored", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,18 @@ class Model:
         channels = self.mmdit.latent_channels
         return (channels, self.defaults.height // factor, self.defaults.width // factor)
 
+    def weights(self, part: str) -> Mapping[str, torch.Tensor]:
+        """Tensors of a part by the names of its state dict, read from disk one at a time where it holds none.
+
+        Raises:
+            ToolchainError: The files do not hold exactly what the part is made of.
+        """
+        module = getattr(self.pipeline, part)
+        held: dict[str, torch.Tensor] = module.state_dict()
+        if any(tensor.is_meta for tensor in held.values()):
+            return StoredTensors(self.source, self.path / part, module)
+        return held
+
     def paint(self, prompts: list[str], noise: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
         """Paint prompts at the default settings, from initial noise [N, C, H, W].
 
@@ -149,7 +162,8 @@ def open_model(source: str, *, precision: Precision = "float32") -> Model:
             tool, and `./shapes` a directory of that name.
         precision: `float32` is what a CPU computes and trains in, whatever the weights are stored in.
             `stored` keeps the weights of each part as they lie on disk, without a second copy, for models of
-            billions of parameters; what is to learn of them is for the training to hold in float32.
+            billions of parameters; what is to learn of them is for the training to hold in float32. `none`
+            leaves all parameters on the meta device, for `Model.weights` to read one at a time.
 
     Raises:
         ToolchainError: There is no such model, its class is not supported, or its files are damaged.
@@ -279,19 +293,27 @@ def _load(
                 where, (library, kind) = path / name, part
                 if kind is None:  # so diffusers notes a part that is not there
                     parts[name] = None
-                elif name == "transformer":
+                    continue
+                if name == "transformer":
                     parts[name] = _load_transformer(source, where, family, precision)
+                    continue
+                made = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
+                weighs = name == "vae" or name.startswith(("text_encoder", "image_encoder"))
+                if not weighs:
+                    parts[name] = made.from_pretrained(where, local_files_only=True)
+                elif precision == "none":
+                    parts[name] = _skeleton(where, made)
                 else:
-                    module = {"diffusers": diffusers, "transformers": transformers}[library]
-                    options: dict[str, Any] = {"local_files_only": True}
-                    if weighs := name == "vae" or name.startswith(("text_encoder", "image_encoder")):
-                        # Either library only warns of what a file lacks, and makes it up.
-                        dtype = torch.float32 if precision == "float32" else _stored_dtype(where)
-                        options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-                    parts[name] = getattr(module, kind).from_pretrained(where, **options)
-                    if weighs:
-                        parts[name], report = parts[name]
-                        _require_all(source, name, report["missing_keys"], ())
+                    # Either library only warns of what a file lacks, and makes it up.
+                    dtype = torch.float32 if precision == "float32" else _stored_dtype(where)
+                    parts[name], report = made.from_pretrained(
+                        where,
+                        local_files_only=True,
+                        dtype=dtype,
+                        use_safetensors=True,
+                        output_loading_info=True,
+                    )
+                    require_same_names(source, name, report["missing_keys"], ())
             pipeline = getattr(diffusers, index["_class_name"])(**parts)
     except ToolchainError:
         raise
@@ -308,56 +330,42 @@ def _load(
 def _load_transformer(source: str, path: Path, family: type[MMDiT], precision: Precision) -> torch.nn.Module:
     """A transformer with all weights of its files and no others, tensor by tensor."""
     import torch
-    from safetensors import safe_open
 
     from toolchain.families.mmdit import REMOVED_KEY, SEMANTICS_KEY
 
     config = read_json(path / "config.json")
     removed, semantics = config.pop(REMOVED_KEY, None), config.pop(SEMANTICS_KEY, None)
     with torch.device("meta"):
-        transformer = family.plain.from_config(config)
+        transformer: torch.nn.Module = family.plain.from_config(config)
     if removed is not None:
         gone = {int(block): tuple(names) for block, names in removed.items()}
         transformer = family(transformer, guidance_scale=1.0).with_removed(gone, semantics).transformer
-    weights = {}
-    for file in _weight_files(path):
-        with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 - it is no mapping
-                tensor = stored.get_tensor(name)
-                weights[name] = tensor.float() if precision == "float32" else tensor
-    expected = transformer.state_dict().keys()
-    _require_all(source, "transformer", expected - weights.keys(), weights.keys() - expected)
-    transformer.load_state_dict(weights, assign=True)
-    module: torch.nn.Module = transformer
+    stored = StoredTensors(source, path, transformer)
+    if precision != "none":
+        weights = {name: stored[name] for name in stored}
+        if precision == "float32":
+            weights = {name: tensor.float() for name, tensor in weights.items()}
+        transformer.load_state_dict(weights, assign=True)
+    return transformer
+
+
+def _skeleton(path: Path, kind: Any) -> torch.nn.Module:
+    """A text encoder or an autoencoder whose parameters have a shape and no storage."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        if hasattr(kind, "from_config"):
+            module: torch.nn.Module = kind.from_config(kind.load_config(path))
+        else:
+            module = kind(kind.config_class.from_pretrained(path))
     return module
-
-
-def _require_all(source: str, part: str, missing: Iterable[str], unknown: Iterable[str]) -> None:
-    if names := sorted(missing):
-        raise ToolchainError(f"{source} lacks weights of its {part}: {', '.join(names[:5])}")
-    if names := sorted(unknown):
-        raise ToolchainError(
-            f"{source} holds weights its {part} has no place for: {', '.join(names[:5])}; "
-            "its config.json is that of another model"
-        )
-
-
-def _weight_files(part: Path) -> list[Path]:
-    """The safetensors of a part, in shards or whole; other variants beside them do not count."""
-    for stem in ("diffusion_pytorch_model", "model"):
-        shards = part / f"{stem}.safetensors.index.json"
-        if shards.exists():
-            return sorted({part / name for name in read_json(shards)["weight_map"].values()})
-        if (part / f"{stem}.safetensors").exists():
-            return [part / f"{stem}.safetensors"]
-    raise ToolchainError(f"{part} holds no weights as safetensors")
 
 
 def _stored_dtype(part: Path) -> torch.dtype:
     import torch
     from safetensors import safe_open
 
-    with safe_open(_weight_files(part)[0], framework="pt") as stored:
+    with safe_open(weight_files(part)[0], framework="pt") as stored:
         name = stored.get_slice(next(iter(stored.keys()))).get_dtype()
     known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     if name not in known:

@@ -11,10 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from torch import nn
 
-from export.errors import ExportError
-from export.lower import lower_transformer
 from export.passes import parameters
 from toolchain.families import Model
 
@@ -23,7 +20,7 @@ Lower = Callable[..., ir.Model]
 
 @pytest.fixture(scope="module")
 def transformer(model: Model, lower: Lower) -> ir.Model:
-    return lower("lower_transformer", model.pipeline.transformer, "float32")
+    return lower("lower_transformer", model.mmdit, model.weights("transformer"), "float32").graph
 
 
 def run(graph: ir.Model, path: Path, inputs: dict[str, torch.Tensor]) -> list[np.ndarray[Any, Any]]:
@@ -46,13 +43,12 @@ def test_inputs_and_outputs_have_the_names_and_free_dimensions_of_the_contract(t
 
 def test_initialisers_keep_the_names_of_the_torch_parameters(model: Model, transformer: ir.Model) -> None:
     module = model.pipeline.transformer
-    names = dict(module.named_parameters()) | dict(module.named_buffers())
-    assert parameters(transformer).keys() == names.keys()
+    assert parameters(transformer).keys() == dict(module.named_parameters()).keys()
 
 
 @pytest.mark.parametrize("activations", ["float32", "float16"])
 def test_nothing_is_float64(model: Model, lower: Lower, activations: str) -> None:
-    graph = lower("lower_transformer", model.pipeline.transformer, activations).graph
+    graph = lower("lower_transformer", model.mmdit, model.weights("transformer"), activations).graph.graph
     values = [*graph.initializers.values(), *graph.inputs, *graph.outputs]
     assert ir.DataType.DOUBLE not in {value.dtype for value in values}
     casts = {node.attributes.get_int("to", 0) for node in graph if node.op_type == "Cast"}
@@ -98,8 +94,3 @@ def test_each_prompt_of_a_batch_is_pooled_at_its_own_end(model: Model, lower: Lo
     hidden_states, pooled = run(graph, tmp_path / "model.onnx", {"input_ids": ids})
     np.testing.assert_allclose(hidden_states, expected.hidden_states[-2].numpy(), atol=1e-5)
     np.testing.assert_allclose(pooled, expected.text_embeds.numpy(), atol=1e-5)
-
-
-def test_another_class_is_refused_by_name() -> None:
-    with pytest.raises(ExportError, match=r"A Linear cannot be exported; SD3Transformer2DModel is supported"):
-        lower_transformer(nn.Linear(2, 2))
