@@ -1,0 +1,221 @@
+"""The arithmetic of storing one matrix in 4 or 8 bits: the scale of each group, and what is rounded to what.
+
+Symmetric and blocked: `group_size` weights along the input axis share one float16 scale. NNCF's symmetric
+scale carries a sign, to reach -8 from either side, and TensorRT documents scales as strictly positive: its
+builder lets others pass, but nothing then says what the device makes of them. So each group tries several
+positive scales around NNCF's magnitude and keeps the one with the least squared error. Rounding itself is
+NNCF's `do_integer_quantization`, bit for bit.
+
+A matrix is worked through in blocks that stay in a core's cache, on all cores: numpy lets go of the
+interpreter while it computes, and passes over memory would cost several times the arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from export.errors import ExportError
+
+__all__ = ["IntBits", "RoundedMatrix", "dequantize", "pack", "quantize_matrix"]
+
+Array = np.ndarray[Any, Any]
+IntBits = Literal[4, 8]
+
+# Of the scale at which the largest weight of a group is just within -8 (-128). For 4 bits 8/7 brings it
+# within 7 as well, 16/15 is halfway, and less than 1 clips it to the benefit of all others. With 8 bits a
+# step is so small that clipping never pays.
+_FACTORS: dict[int, tuple[float, ...]] = {
+    4: (0.85, 0.92, 1.0, 16 / 15, 8 / 7),
+    8: (1.0, 256 / 255, 128 / 127),
+}
+# Where the inputs are known the largest weight may be one that hardly matters, and clipping it further pays.
+_AWARE_FACTORS: dict[int, tuple[float, ...]] = {
+    4: (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 16 / 15, 8 / 7),
+    8: _FACTORS[8],
+}
+
+# Weights in a block: two float32 copies of it take half a megabyte, and a pass over it takes far longer than
+# starting one.
+_BLOCK = 1 << 16
+# Fewer columns than this make numpy's inner loops, which run along a row, too short.
+_FEWEST_COLUMNS = 64
+
+# Below this share of the mean importance an input counts as if it had this share: a group of inputs that were
+# never seen would else have no error to choose by.
+_LEAST_IMPORTANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedMatrix:
+    """A weight [K, N] in few bits."""
+
+    values: Array
+    """INT4 (one to a byte) or INT8 [K, N]."""
+    scales: Array
+    """float16 [K / group_size, N], above zero; infinite where a group has none, because it holds NaN or
+    weights too large for any."""
+    error: float
+    """Sum of the squared errors, each times the importance of its input where that was given."""
+
+
+def quantize_matrix(
+    weight: Array,
+    *,
+    bits: IntBits,
+    group_size: int,
+    importance: Array | None = None,
+    threads: int | None = None,
+) -> RoundedMatrix:
+    """Round a weight [K, N] to signed integers with a positive float16 scale for each group along K.
+
+    The values are rounded with the scales as stored, so float32 and float16 graphs hold the same weights.
+    Beside the result, a megabyte of memory for each thread is all it takes.
+
+    Args:
+        weight: Of any floating type and memory order: blocks are converted one at a time.
+        bits: Of the values.
+        group_size: Weights along K that share a scale; a divisor of K.
+        importance: [K] The mean square of each input, which weighs the errors when a scale is chosen.
+        threads: At once; as many as there are cores by default. The result does not depend on it.
+
+    Raises:
+        ExportError: The group size does not divide K, or the importance does not fit the weight.
+    """
+    rows, columns = weight.shape
+    if rows % group_size:
+        raise ExportError(f"{rows} inputs cannot be divided into groups of {group_size}")
+    values = np.empty((rows, columns), dtype=np.int8)
+    scales = np.empty((rows // group_size, columns), dtype=np.float16)
+    importances, unit = (None, 1.0) if importance is None else _checked(importance, rows)
+
+    def work(stripe: slice) -> float:
+        # What is too large for any scale shows in the result.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return _quantize_stripe(weight, stripe, bits, group_size, importances, values, scales)
+
+    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        error = math.fsum(pool.map(work, _stripes(columns, group_size)))
+    typed = values.view(ml_dtypes.int4) if bits == 4 else values
+    return RoundedMatrix(values=typed, scales=scales, error=error * unit)
+
+
+def dequantize(values: Array, scales: Array) -> Array:
+    """What a device computes with, as float32 [K, N]."""
+    group_size = len(values) // len(scales)
+    grouped = values.astype(np.float32).reshape(-1, group_size, values.shape[1])
+    grouped *= scales.astype(np.float32)[:, None]
+    return grouped.reshape(values.shape)
+
+
+def pack(values: Array) -> Array:
+    """INT4 values two to a byte, as ONNX stores them: the first in the lower half, an odd last one alone."""
+    flat = values.reshape(-1).view(np.uint8)
+    packed = np.empty(-(-len(flat) // 2), dtype=np.uint8)
+    for start in range(0, len(flat), 4 * _BLOCK):
+        low, high = flat[start : start + 4 * _BLOCK : 2], flat[start + 1 : start + 4 * _BLOCK : 2]
+        out = packed[start // 2 : start // 2 + len(low)]
+        np.left_shift(high, 4, out=out[: len(high)])
+        out[len(high) :] = 0
+        out |= low
+    return packed
+
+
+def _quantize_stripe(
+    weight: Array,
+    stripe: slice,
+    bits: IntBits,
+    group_size: int,
+    importance: Array | None,
+    values: Array,
+    scales: Array,
+) -> float:
+    """Do some columns, all their groups, and return the error."""
+    columns = stripe.stop - stripe.start
+    together = max(1, _BLOCK // (group_size * columns))
+    loaded, scratch = (np.empty((together, group_size, columns), dtype=np.float32) for _ in range(2))
+    total = 0.0
+    for start in range(0, len(scales), together):
+        groups = slice(start, min(start + together, len(scales)))
+        rows = slice(groups.start * group_size, groups.stop * group_size)
+        count = groups.stop - groups.start
+        block, rounded = loaded[:count], scratch[:count]
+        _load(weight[rows, stripe], block.reshape(-1, columns))
+        weighed = None if importance is None else importance[rows].reshape(count, group_size, 1)
+        scale, error = _choose_scale(block, rounded, weighed, bits)
+        _round(block, scale, bits, rounded)
+        written = values[rows, stripe]
+        np.copyto(written, rounded.reshape(-1, columns), casting="unsafe")
+        if bits == 4:
+            written &= 0x0F  # ml_dtypes keeps an int4 in the lower half of a byte
+        scales[groups, stripe] = scale[:, 0]
+        total += error
+    return total
+
+
+def _choose_scale(
+    block: Array, scratch: Array, importance: Array | None, bits: IntBits
+) -> tuple[Array, float]:
+    """The best scale [groups, 1, N] of each group of a block, as float32, and the error left with it."""
+    levels = 2.0 ** (bits - 1)
+    magnitude = np.maximum(np.abs(block.min(axis=1, keepdims=True)), block.max(axis=1, keepdims=True))
+    magnitude /= np.float32(levels)
+    np.maximum(magnitude, np.finfo(np.float32).eps, out=magnitude)
+    best_scale = np.full_like(magnitude, np.inf)
+    best_error = np.full_like(magnitude, np.inf)
+    for factor in (_FACTORS if importance is None else _AWARE_FACTORS)[bits]:
+        scale = (magnitude * factor).astype(np.float16).astype(np.float32)
+        _round(block, scale, bits, scratch)
+        scratch *= scale
+        scratch -= block
+        np.square(scratch, out=scratch)
+        if importance is not None:
+            scratch *= importance
+        error = scratch.sum(axis=1, keepdims=True)
+        better = error < best_error
+        np.copyto(best_error, error, where=better)
+        np.copyto(best_scale, scale, where=better)
+    return best_scale, float(best_error.sum(dtype=np.float64))
+
+
+def _round(block: Array, scale: Array, bits: IntBits, out: Array) -> None:
+    # Not times the inverse: halves would fall to the other side than NNCF's.
+    np.divide(block, scale, out=out)
+    np.rint(out, out=out)
+    np.clip(out, -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1, out=out)
+
+
+def _load(part: Array, out: Array) -> None:
+    if part.dtype == ml_dtypes.bfloat16:
+        # The upper half of a float32; numpy would convert it value by value.
+        np.left_shift(part.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        np.copyto(out, part)
+
+
+def _stripes(columns: int, group_size: int) -> Iterator[slice]:
+    """About equal parts of the columns, so that no part is much narrower than the others."""
+    most = max(_FEWEST_COLUMNS, _BLOCK // group_size)
+    count = -(-columns // most)
+    edges = [columns * index // count for index in range(count + 1)]
+    return (slice(start, stop) for start, stop in pairwise(edges))
+
+
+def _checked(importance: Array, rows: int) -> tuple[Array, float]:
+    """An importance as a column of float32 about 1, and what 1 stands for."""
+    values = np.asarray(importance, dtype=np.float64)
+    if values.shape != (rows,) or not np.isfinite(values).all() or (values < 0).any() or not values.any():
+        raise ExportError(
+            f"the importance of {rows} inputs has the shape {list(values.shape)}, from {values.min():g} to "
+            f"{values.max():g}; it is one finite number of at least 0 for each, not all of them 0"
+        )
+    unit = float(values.mean())
+    return np.maximum(values / unit, _LEAST_IMPORTANCE).astype(np.float32), unit
