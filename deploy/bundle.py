@@ -54,7 +54,7 @@ class Graph:
     """Relative to the bundle, with forward slashes, as every path of the manifest."""
     activations: Literal["float32", "float16"]
     """Type of the graph's floating-point inputs and outputs."""
-    weights: Literal["float32", "float16", "int4"]
+    weights: Literal["float32", "float16", "int8", "int4"]
     """How the linears' weights are stored."""
 
 

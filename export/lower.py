@@ -44,7 +44,7 @@ OPSET = 21  # the first with blocked DequantizeLinear; 23 has no readers yet
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
-def lower_text_encoder(encoder: CLIPTextModelWithProjection) -> ir.Model:
+def lower_text_encoder(encoder: CLIPTextModelWithProjection, weights: Mapping[str, torch.Tensor]) -> ir.Model:
     """Lower a CLIP text encoder in float32; batch and length stay free.
 
     Raises:
@@ -56,10 +56,10 @@ def lower_text_encoder(encoder: CLIPTextModelWithProjection) -> ir.Model:
         inputs = {"input_ids": torch.zeros(2, 7, dtype=torch.int64)}
     shapes = ({0: Dim("batch"), 1: Dim("length")},)
     model = trace(_TextEncoder(copied), fake, inputs, ["hidden_states", "pooled"], shapes)
-    return bind(model, encoder.state_dict(), encoder.named_buffers())
+    return bind(model, weights, encoder.named_buffers())
 
 
-def lower_vae_decoder(vae: AutoencoderKL) -> ir.Model:
+def lower_vae_decoder(vae: AutoencoderKL, weights: Mapping[str, torch.Tensor]) -> ir.Model:
     """Lower the decoder half of the autoencoder in float32; batch, height and width stay free.
 
     Raises:
@@ -71,7 +71,7 @@ def lower_vae_decoder(vae: AutoencoderKL) -> ir.Model:
         inputs = {"latents": torch.empty(2, vae.config.latent_channels, 4, 6)}
     shapes = ({0: Dim("batch"), 2: Dim("height"), 3: Dim("width")},)
     model = trace(_Decoder(copied), fake, inputs, ["image"], shapes)
-    return bind(model, vae.state_dict(), vae.named_buffers())
+    return bind(model, weights, vae.named_buffers())
 
 
 class _TextEncoder(nn.Module):

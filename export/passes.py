@@ -17,9 +17,9 @@ from onnx_ir import passes
 from onnx_ir.passes import common
 
 __all__ = [
+    "BlockedWeight",
     "FoldTransposedWeights",
     "GemmToMatMul",
-    "Int4Weight",
     "QuantizeWeights",
     "StoreWeights",
     "StripAnnotations",
@@ -33,11 +33,11 @@ _TRANSPOSED = "transposed"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Int4Weight:
+class BlockedWeight:
     """A linear's weight [K, N] in blocks of `group_size` along K."""
 
     values: ir.TensorProtocol
-    """INT4 [K, N]."""
+    """INT4 or INT8 [K, N]."""
     scales: ir.TensorProtocol
     """FLOAT16 [K / group_size, N], all above zero."""
     group_size: int
@@ -140,7 +140,7 @@ class QuantizeWeights(passes.InPlacePass):
     runtime folds at load, so that graphs of both types share the stored bytes.
     """
 
-    def __init__(self, weights: Mapping[str, Int4Weight]) -> None:
+    def __init__(self, weights: Mapping[str, BlockedWeight]) -> None:
         super().__init__()
         self._weights = weights
 

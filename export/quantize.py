@@ -1,64 +1,48 @@
-"""Weights in fewer bits: which of them, in which groups, and a report that leaves no tensor out.
-
-NNCF quantises one matrix at a time through its functional API, so no model has to fit in memory and the
-rounding is the one its whole-model compression uses. Only the scale differs: NNCF's symmetric scale carries a
-sign, to reach -8 from either side, and TensorRT documents scales as strictly positive: its builder lets
-others pass, but nothing then says what the device makes of them. So each group tries a few positive scales
-around NNCF's magnitude and keeps the one with the smallest squared error.
-"""
+"""Weights in fewer bits: which of them, in which groups, and a report that leaves no tensor out."""
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-from nncf.parameters import CompressWeightsMode
-from nncf.quantization.algorithms.weight_compression.config import WeightCompressionConfig
-from nncf.quantization.algorithms.weight_compression.weight_lowering import (
-    calculate_integer_quantization_params,
-    do_integer_quantization,
-)
-from nncf.tensor import Tensor
+import torch
+from numpy.typing import NDArray
 
 from export.lower import check_finite
-from export.passes import Int4Weight, linear_weights, parameters
+from export.passes import BlockedWeight, is_transposed, linear_weights, parameters
+from export.rounding import dequantize, pack, quantize_matrix
 from export.weights import WeightFile
 
 __all__ = [
+    "Bits",
+    "BitsOf",
     "QuantReport",
     "QuantizedTensor",
     "SkippedTensor",
     "StoredWeights",
     "choose_group_size",
-    "quantize_matrix",
     "store_weights",
 ]
 
-Bits = Literal[4, 16, 32]
+Bits = Literal[4, 8, 16, 32]
 
 # Below this a group's 16-bit scale would be a quarter of its weights' size and more.
 _SMALLEST_GROUP = 16
 
-# Around the scale at which the largest weight of a group is just within -8: 8/7 brings it within 7 as well,
-# and less than 1 clips it to the benefit of all others.
-_SCALE_FACTORS = (0.85, 0.92, 1.0, 16 / 15, 8 / 7)
-
-# What turns pictures, times and prompts into tokens and back is a few thousandths of the weights and the part
-# that all pictures pass through; only the blocks' linears are worth their error.
-_BLOCK_LINEAR = re.compile(r"transformer_blocks\.\d+\..+\.weight")
+BitsOf = Callable[[str], tuple[Bits, str]]
+"""How many bits a linear's weight takes, by its name; and why they are 16 or 32 where they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedTensor:
-    """A weight stored in 4 bits."""
+    """A weight stored in 4 or 8 bits."""
 
     name: str
+    bits: int
     group_size: int
     bytes: int
     """Of values and scales together."""
@@ -80,57 +64,111 @@ class QuantReport:
     quantized: tuple[QuantizedTensor, ...]
     skipped: tuple[SkippedTensor, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all of them."""
+        return sum(item.bytes for item in self.quantized) + sum(item.bytes for item in self.skipped)
+
 
 @dataclass(frozen=True, kw_only=True)
-class StoredWeights:
-    """A graph's parameters as they lie in the weight file, by the names of the torch parameters."""
+class StoredWeights(Mapping[str, torch.Tensor]):
+    """A graph's parameters as they lie in the weight file, by the names of the torch parameters.
 
-    int4: Mapping[str, Int4Weight]
-    plain: Mapping[str, ir.TensorProtocol]
+    As a mapping it gives them back to torch: in float32, each read when it is asked for, as torch has them.
+    """
+
+    blocked: Mapping[str, BlockedWeight]
+    plain: Mapping[str, ir.ExternalTensor]
+    transposed: frozenset[str]
+    """Those that lie there the other way round than torch has them."""
     report: QuantReport
 
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """A parameter with what rounding made of it."""
+        if name in self.blocked:
+            weight = self.blocked[name]
+            array = dequantize(_read(weight.values), _read(weight.scales))
+        else:
+            array = _read(self.plain[name]).astype(np.float32)
+        return torch.from_numpy(np.ascontiguousarray(array.T if name in self.transposed else array))
 
-def store_weights(model: ir.Model, file: WeightFile, *, bits: Bits, group_size: int = 64) -> StoredWeights:
-    """Write a graph's parameters; floats that are not quantised take 16 bits, with `bits` 32 they take 32.
+    def __iter__(self) -> Iterator[str]:
+        """All names."""
+        return iter((*self.blocked, *self.plain))
+
+    def __len__(self) -> int:
+        """Of all names."""
+        return len(self.blocked) + len(self.plain)
+
+
+def store_weights(
+    model: ir.Model,
+    weights: Mapping[str, torch.Tensor],
+    file: WeightFile,
+    *,
+    bits_of: BitsOf,
+    group_size: int = 64,
+    importance: Mapping[str, NDArray[np.float32]] | None = None,
+    on_tensor: Callable[[], None] = lambda: None,
+) -> StoredWeights:
+    """Write a graph's parameters, one at a time.
 
     Args:
         model: A float32 graph; it is read, not changed.
+        weights: The parameters, each asked for when its turn comes.
         file: Where the parameters go.
-        bits: Of the weights of the blocks' linears.
+        bits_of: Asked about each linear's weight. All others take 32 bits where linears do, and 16 elsewhere.
         group_size: Most weights along the input axis that share a scale.
+        importance: By name, how much each input of a linear matters; rounding is the more careful with it.
+        on_tensor: Called after each parameter.
 
     Raises:
         ExportError: A weight is not finite, or not within the range of float16.
     """
-    logging.getLogger("nncf").setLevel(logging.WARNING)  # it announces libraries that are not used here
     linears = {value.name for value in linear_weights(model)}
-    int4: dict[str, Int4Weight] = {}
-    plain: dict[str, ir.TensorProtocol] = {}
+    blocked: dict[str, BlockedWeight] = {}
+    plain: dict[str, ir.ExternalTensor] = {}
+    transposed = set()
     quantized, skipped = [], []
     for name, value in parameters(model).items():
-        assert value.const_value is not None
-        array = value.const_value.numpy()
-        reason = _reason_to_skip(name, array, bits, group_size, is_linear=name in linears)
-        if reason is None:
-            group = choose_group_size(array.shape[0], group_size)
-            values, scales = quantize_matrix(array, group)
-            check_finite(f"{name}.scale", scales)
-            int4[name] = Int4Weight(
-                values=file.store(name, ir.Tensor(values, name=name)),
-                scales=file.store(f"{name}.scale", ir.Tensor(scales, name=f"{name}.scale")),
+        array = _as_numpy(weights[name])
+        array = array.T if is_transposed(value) else array
+        bits, reason = bits_of(name)
+        if name not in linears:
+            bits, reason = (32 if bits == 32 else 16), "not the weight of a linear"
+        elif bits < 16 and (group := choose_group_size(array.shape[0], group_size)) < _SMALLEST_GROUP:
+            reason = f"its {array.shape[0]} inputs divide into groups of {group}, where {_SMALLEST_GROUP} is "
+            bits, reason = 16, f"{reason}the least"
+        if bits == 4 or bits == 8:
+            rounded = quantize_matrix(
+                array, bits=bits, group_size=group, importance=(importance or {}).get(name)
+            )
+            check_finite(f"{name}.scale", rounded.scales)
+            values = _typed(rounded.values, name)
+            blocked[name] = BlockedWeight(
+                values=file.store(name, values),
+                scales=file.store(f"{name}.scale", ir.Tensor(rounded.scales, name=f"{name}.scale")),
                 group_size=group,
             )
-            size = values.size // 2 + scales.nbytes
-            quantized.append(QuantizedTensor(name=name, group_size=group, bytes=size))
+            size = values.nbytes + rounded.scales.nbytes
+            quantized.append(QuantizedTensor(name=name, bits=bits, group_size=group, bytes=size))
         else:
-            if bits != 32 and array.dtype == np.float32:
+            if np.issubdtype(array.dtype, np.floating) or array.dtype == ml_dtypes.bfloat16:
                 with np.errstate(over="ignore"):
-                    array = array.astype(np.float16)
+                    array = array.astype(np.float32 if bits == 32 else np.float16, copy=False)
                 check_finite(name, array)
+            array = np.ascontiguousarray(array)
             plain[name] = file.store(name, ir.Tensor(array, name=name))
             skipped.append(SkippedTensor(name=name, bytes=array.nbytes, reason=reason))
-    report = QuantReport(quantized=tuple(quantized), skipped=tuple(skipped))
-    return StoredWeights(int4=int4, plain=plain, report=report)
+        if is_transposed(value):
+            transposed.add(name)
+        on_tensor()
+    return StoredWeights(
+        blocked=blocked,
+        plain=plain,
+        transposed=frozenset(transposed),
+        report=QuantReport(quantized=tuple(quantized), skipped=tuple(skipped)),
+    )
 
 
 def choose_group_size(size: int, limit: int) -> int:
@@ -138,48 +176,23 @@ def choose_group_size(size: int, limit: int) -> int:
     return next(group for group in range(min(size, limit), 0, -1) if size % group == 0)
 
 
-def quantize_matrix(
-    weight: np.ndarray[Any, Any], group_size: int
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Quantise a weight [K, N] to signed 4-bit values with a positive float16 scale per group along K.
-
-    Returns:
-        INT4 values [K, N] and scales [K / group_size, N]; the values are rounded with the scales as stored,
-        so float32 and float16 graphs hold the same weights.
-    """
-    rows, columns = weight.shape
-    grouped = np.ascontiguousarray(weight, dtype=np.float32).reshape(-1, group_size, columns)
-    config = WeightCompressionConfig(mode=CompressWeightsMode.INT4_SYM, group_size=group_size)
-    signed, _ = calculate_integer_quantization_params(Tensor(grouped), 1, config)
-    magnitude = np.abs(signed.data)  # [K / group_size, 1, N]
-    best_error = np.full(magnitude.shape, np.inf, dtype=np.float32)
-    best_scale = np.zeros_like(magnitude)
-    best_values = np.zeros(grouped.shape, dtype=np.int8)
-    for factor in _SCALE_FACTORS:
-        scale = (magnitude * factor).astype(np.float16).astype(np.float32)
-        values = do_integer_quantization(Tensor(grouped), config, precomputed_scale=Tensor(scale)).tensor.data
-        error = np.square(values * scale - grouped).sum(axis=1, keepdims=True)
-        better = error < best_error
-        best_error = np.where(better, error, best_error)
-        best_scale = np.where(better, scale, best_scale)
-        best_values = np.where(better, values, best_values)
-    return (
-        best_values.reshape(rows, columns).astype(ml_dtypes.int4),
-        best_scale.reshape(-1, columns).astype(np.float16),
-    )
+def _as_numpy(tensor: torch.Tensor) -> NDArray[Any]:
+    """Without a copy, whatever the type."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    array: NDArray[Any] = tensor.numpy()
+    return array
 
 
-def _reason_to_skip(
-    name: str, array: np.ndarray[Any, Any], bits: Bits, group_size: int, *, is_linear: bool
-) -> str | None:
-    if array.ndim != 2 or not is_linear:
-        return "not the weight of a linear"
-    if not _BLOCK_LINEAR.fullmatch(name):
-        return "outside the transformer blocks"
-    if bits != 4:
-        return f"{bits} bits were asked for"
-    if (group := choose_group_size(array.shape[0], group_size)) < _SMALLEST_GROUP:
-        return (
-            f"its {array.shape[0]} inputs divide into groups of {group}, where {_SMALLEST_GROUP} is the least"
-        )
-    return None
+def _typed(values: NDArray[Any], name: str) -> ir.TensorProtocol:
+    if values.dtype == np.int8:
+        return ir.Tensor(values, name=name)
+    return ir.PackedTensor(pack(values), ir.DataType.INT4, shape=ir.Shape(values.shape), name=name)
+
+
+def _read(tensor: ir.TensorProtocol) -> NDArray[Any]:
+    array = np.array(tensor.numpy())
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()  # it keeps the whole file mapped
+    return array

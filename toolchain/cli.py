@@ -341,17 +341,19 @@ def export(
     check_new_directory(bundle_path)
 
     from export.bundle import export_bundle
+    from export.cache import ComponentCache, default_cache
     from toolchain.families import open_model
 
-    with _console.status("opening the model") as status:
-        model = open_model(source)
-        plan = model.path / PLAN_FILE
+    model = open_model(source, precision="none")
+    plan = model.path / PLAN_FILE
+    with _bars() as bar:
         bundle = export_bundle(
             model,
             targets=targets,
             output=bundle_path,
             bits=bits,
-            progress=status.update,
+            cache=ComponentCache(default_cache()),
+            bar=bar,
             plan_sha256=sha256(plan) if plan.exists() else None,
             base_model=plan_from_json(read_json(plan)).model if plan.exists() else None,
         )

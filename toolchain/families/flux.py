@@ -169,6 +169,11 @@ class Flux(MMDiT):
         return _PACKED
 
     @property
+    def max_latent_size(self) -> int:
+        """Positions are computed; beyond this, 4 megapixels and more on a side, nobody has gone."""
+        return 512
+
+    @property
     def embeds_guidance(self) -> bool:
         """True of `dev`."""
         return bool(self.transformer.config.guidance_embeds)
@@ -225,12 +230,16 @@ class Flux(MMDiT):
 
     @classmethod
     def encode_prompts(
-        cls, pipeline: FluxPipeline, prompts: list[str], max_sequence_length: int
+        cls,
+        pipeline: FluxPipeline,
+        prompts: list[str],
+        max_sequence_length: int,
+        device: torch.device | None = None,
     ) -> TextStates:
-        """Encode prompts as the pipeline does for itself."""
+        """Encode prompts as the pipeline does for itself, on its device unless another is named."""
         with torch.no_grad():
             tokens, pooled, _ = pipeline.encode_prompt(
-                prompt=prompts, prompt_2=None, max_sequence_length=max_sequence_length
+                prompt=prompts, prompt_2=None, device=device, max_sequence_length=max_sequence_length
             )
         return TextStates(tokens_BTJ=tokens, pooled_BP=pooled)
 

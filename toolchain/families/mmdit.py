@@ -98,6 +98,11 @@ class MMDiT(ABC):
         """Latents on a side that make one image token."""
 
     @property
+    @abstractmethod
+    def max_latent_size(self) -> int:
+        """Largest H and W whose positions the transformer knows."""
+
+    @property
     def inner_width(self) -> int:
         """D."""
         config = self.transformer.config
@@ -141,9 +146,13 @@ class MMDiT(ABC):
     @classmethod
     @abstractmethod
     def encode_prompts(
-        cls, pipeline: DiffusionPipeline, prompts: list[str], max_sequence_length: int
+        cls,
+        pipeline: DiffusionPipeline,
+        prompts: list[str],
+        max_sequence_length: int,
+        device: torch.device | None = None,
     ) -> TextStates:
-        """Encode prompts as the pipeline does for itself."""
+        """Encode prompts as the pipeline does for itself, on its device unless another is named."""
 
     @classmethod
     @abstractmethod

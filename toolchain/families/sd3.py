@@ -131,6 +131,12 @@ class SD3(MMDiT):
         """Latents on a side that make one image token."""
         return int(self.transformer.config.patch_size)
 
+    @property
+    def max_latent_size(self) -> int:
+        """That of the position table; without one for several sizes, that of the only one."""
+        config = self.transformer.config
+        return int(config.pos_embed_max_size or config.sample_size // config.patch_size) * self.patch_size
+
     def begin(self, latents_BCHW: torch.Tensor, timesteps_B: torch.Tensor, text: TextStates) -> Streams:
         """What the first block is given."""
         transformer = self.transformer
@@ -178,15 +184,20 @@ class SD3(MMDiT):
 
     @classmethod
     def encode_prompts(
-        cls, pipeline: StableDiffusion3Pipeline, prompts: list[str], max_sequence_length: int
+        cls,
+        pipeline: StableDiffusion3Pipeline,
+        prompts: list[str],
+        max_sequence_length: int,
+        device: torch.device | None = None,
     ) -> TextStates:
-        """Encode prompts as the pipeline does for itself."""
+        """Encode prompts as the pipeline does for itself, on its device unless another is named."""
         with torch.no_grad():
             tokens, _, pooled, _ = pipeline.encode_prompt(
                 prompt=prompts,
                 prompt_2=None,
                 prompt_3=None,
                 do_classifier_free_guidance=False,
+                device=device,
                 max_sequence_length=max_sequence_length,
             )
         return TextStates(tokens_BTJ=tokens, pooled_BP=pooled)

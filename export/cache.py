@@ -1,0 +1,156 @@
+"""Finished components, kept by what they were made of: an export that was interrupted goes on with the next.
+
+An entry is a component's directory with `component.json` beside its files. Its name is a digest of all that
+the component depends on: the model's files, how it is stored, the versions of the tools and the code of this
+package. Delete the cache whenever you like.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from functools import cache as once
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from deploy import bundle as format
+from export.components import Component
+from profiles.typed import TypedDataError, from_data
+from toolchain.artifacts import new_directory, read_json, sha256, write_json
+from toolchain.errors import ToolchainError
+from toolchain.families import Model
+from toolchain.families.stored import weight_files
+
+__all__ = ["ComponentCache", "component_key", "default_cache"]
+
+_RECORD = "component.json"
+_DIGESTS = "digests.json"
+_TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+# Something a run that was killed left behind is told from what another one is making just now by its age.
+_STALE_SECONDS = 3600
+
+
+def default_cache() -> Path:
+    """`$HPTOOL_CACHE`, or the user's directory for such things."""
+    if chosen := os.environ.get("HPTOOL_CACHE"):
+        return Path(chosen)
+    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hptool"
+
+
+@dataclasses.dataclass(frozen=True)
+class ComponentCache:
+    """A directory of finished components."""
+
+    path: Path
+
+    def get(
+        self, key: str, make: Callable[[Path], Component], destination: Path
+    ) -> tuple[Component, dict[str, format.File]]:
+        """Copy a component's files to a new directory, made now if they are not there yet or are damaged.
+
+        Returns:
+            The component, and what its files are, by name.
+
+        Raises:
+            ToolchainError: The cache cannot be written.
+        """
+        if (found := self._copy(key, destination)) is not None:
+            return found
+        entry = self._entry(key)
+        shutil.rmtree(entry, ignore_errors=True)
+        for left in entry.parent.glob(f".{entry.name}.*"):
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+        with new_directory(entry) as directory:
+            component = make(directory)
+            files = {
+                path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
+                for path in sorted(directory.iterdir())
+            }
+            record = {"files": files, "component": dataclasses.asdict(component)}
+            write_json(directory / _RECORD, record)
+        found = self._copy(key, destination)
+        if found is None:
+            raise ToolchainError(f"{entry} was damaged as it was written; check the disk")
+        return found
+
+    def holds(self, key: str) -> bool:
+        """Whether a component is there."""
+        return (self._entry(key) / _RECORD).exists()
+
+    def digest(self, path: Path) -> str:
+        """Digest of a file, computed once for as long as its size and time of change stay what they are."""
+        memory = self.path / _DIGESTS
+        known = read_json(memory) if memory.exists() else {}
+        state = path.stat()
+        mark = [state.st_size, state.st_mtime_ns]
+        name = str(path.resolve())
+        if name not in known or known[name][:2] != mark:
+            known[name] = [*mark, sha256(path)]
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(memory, known)
+        return str(known[name][2])
+
+    def _entry(self, key: str) -> Path:
+        return self.path / "components" / key
+
+    def _copy(self, key: str, destination: Path) -> tuple[Component, dict[str, format.File]] | None:
+        entry = self._entry(key)
+        try:
+            record = read_json(entry / _RECORD)
+            component = from_data(Component, record["component"])
+            files = {name: from_data(format.File, values) for name, values in record["files"].items()}
+        except (ToolchainError, TypedDataError, KeyError):
+            return None
+        destination.mkdir()
+        for name, file in files.items():
+            try:
+                shutil.copyfile(entry / name, destination / name)
+            except FileNotFoundError:
+                break
+            if sha256(destination / name) != file.sha256:
+                break
+        else:
+            return component, files
+        shutil.rmtree(destination)
+        return None
+
+
+def component_key(model: Model, part: str, options: dict[str, Any], cache: ComponentCache) -> str:
+    """Digest of all that a component depends on.
+
+    Args:
+        model: On disk.
+        part: Directory of the model that the component is made of.
+        options: How it is made.
+        cache: Remembers digests.
+    """
+    directory = model.path / part
+    files = [directory / "config.json", *weight_files(directory)]
+    facts = {
+        "files": [cache.digest(path) for path in files],
+        "part": part,
+        "options": options,
+        "tools": {name: importlib.metadata.version(name) for name in _TOOLS},
+        "code": _code(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@once
+def _code() -> str:
+    """Digest of the code that makes components."""
+    digest = hashlib.sha256()
+    for package in ("export", "toolchain.families"):
+        for path in sorted(resources.files(package).iterdir(), key=lambda path: path.name):
+            if path.name.endswith(".py"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()

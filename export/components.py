@@ -1,0 +1,214 @@
+"""The components of a bundle: each lowered, its weights stored, its graphs written and compared with torch.
+
+Nothing here holds more of a model than one block, or one layer of an encoder, in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from deploy import bundle as format
+from export import parity
+from export.blockwise import BlockRow, CheckedGraph, check_transformer, draw_states, streamed
+from export.denoiser import LoweredTransformer, lower_transformer
+from export.lower import Activations, lower_text_encoder, lower_vae_decoder
+from export.parity import ParityRow, check_graph
+from export.passes import QuantizeWeights, StoreWeights, parameters
+from export.quantize import Bits, BitsOf, QuantReport, StoredWeights, store_weights
+from export.weights import WeightFile
+from toolchain.compress import Bar
+from toolchain.families import Model
+from toolchain.families.mmdit import MMDiT
+
+__all__ = [
+    "GRAPH",
+    "HALF_GRAPH",
+    "Component",
+    "Precision",
+    "export_text_encoder",
+    "export_transformer",
+    "export_vae_decoder",
+    "max_length",
+    "num_tokens",
+]
+
+GRAPH = "model.onnx"
+HALF_GRAPH = "model.fp16.onnx"
+
+_WEIGHTS: dict[Bits, parity.Weights] = {4: "int4", 8: "int8", 16: "float16", 32: "float32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """What one exported component adds to the bundle."""
+
+    graphs: list[format.Graph]
+    parity: list[ParityRow]
+    blocks: list[BlockRow]
+    """Of a transformer, block by block."""
+    quantization: QuantReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """In what the transformer is stored and computed."""
+
+    bits: Bits
+    """Of the weights of its blocks' linears."""
+    group_size: int
+    half: bool
+    """Whether a graph that computes in float16 is wanted beside the one in float32."""
+    units: Mapping[str, Bits]
+    """Bits of components that differ, as `7.ff`."""
+
+
+def export_transformer(model: Model, precision: Precision, bar: Bar, directory: Path) -> Component:
+    """Write the transformer's graphs and their one weight file.
+
+    Raises:
+        ExportError: A weight cannot be stored, or a graph differs from torch.
+    """
+    weights, mmdit = model.weights("transformer"), model.mmdit
+    kinds: list[tuple[str, Activations]] = [(GRAPH, "float32")]
+    if precision.half:
+        kinds.append((HALF_GRAPH, "float16"))
+    advance = bar("transformer: graphs", len(kinds))
+    lowered: list[LoweredTransformer] = []
+    for _, activations in kinds:
+        lowered.append(lower_transformer(mmdit, weights, activations))
+        advance()
+    advance = bar("transformer: weights", len(parameters(lowered[0].graph)))
+    with WeightFile(directory) as file:
+        stored = store_weights(
+            lowered[0].graph,
+            weights,
+            file,
+            bits_of=_bits_of_transformer(mmdit, precision),
+            group_size=precision.group_size,
+            on_tensor=advance,
+        )
+    kind, graphs = _WEIGHTS[precision.bits], []
+    for (name, activations), each in zip(kinds, lowered, strict=True):
+        _save(each.graph, stored, directory / name)
+        graphs.append(
+            CheckedGraph(name=f"transformer/{name}", lowered=each, activations=activations, weights=kind)
+        )
+    rows, blocks = check_transformer(
+        mmdit,
+        weights,
+        stored,
+        graphs,
+        draw_states(model, (num_tokens(model), 5)),
+        directory,
+        bar("transformer: parity", len(lowered[0].blocks) + 2),
+    )
+    return Component(
+        graphs=[
+            format.Graph(path=graph.name, activations=graph.activations, weights=kind) for graph in graphs
+        ],
+        parity=rows,
+        blocks=blocks,
+        quantization=stored.report,
+    )
+
+
+def export_text_encoder(model: Model, name: str, bits: Bits, bar: Bar, directory: Path) -> Component:
+    """Write a text encoder.
+
+    Raises:
+        ExportError: It is of an unknown class, or its graph differs from torch.
+    """
+    encoder, weights = getattr(model.pipeline, name), model.weights(name)
+    length = max_length(model.pipeline, name.removeprefix("text_encoder"))
+    graph = lower_text_encoder(encoder, weights)
+    with streamed(encoder, weights):
+        cases = parity.text_encoder_cases(encoder, (length, max(2, length // 2)))
+    return _export_plain(name, graph, weights, cases, directory, bits, bar)
+
+
+def export_vae_decoder(model: Model, bits: Bits, bar: Bar, directory: Path) -> Component:
+    """Write the decoder half of the autoencoder.
+
+    Raises:
+        ExportError: It is of an unknown class, or its graph differs from torch.
+    """
+    vae, weights = model.pipeline.vae, model.weights("vae")
+    graph = lower_vae_decoder(vae, weights)
+    with streamed(vae, weights):
+        cases = parity.decoder_cases(vae)
+    return _export_plain("vae_decoder", graph, weights, cases, directory, bits, bar)
+
+
+def _export_plain(
+    name: str,
+    graph: ir.Model,
+    weights: Mapping[str, Any],
+    cases: Sequence[parity.Case],
+    directory: Path,
+    bits: Bits,
+    bar: Bar,
+) -> Component:
+    """Write a component that computes in float32 on every target.
+
+    Its weights take 16 bits unless 32 are asked for: checkpoints are published in 16 bits, so nothing is lost
+    with those, and of a bundle with a 4-bit transformer these parts would be the larger half. Computing in
+    float32 keeps the activations of text encoders and decoders, which are known to leave float16's range, out
+    of trouble.
+    """
+    plain: Bits = 32 if bits == 32 else 16
+    kind = _WEIGHTS[plain]
+    advance = bar(f"{name}: weights", len(parameters(graph)))
+    with WeightFile(directory) as file:
+        stored = store_weights(
+            graph, weights, file, bits_of=lambda _: (plain, f"{name} is not quantised"), on_tensor=advance
+        )
+    _save(graph, stored, directory / GRAPH)
+    path = f"{name}/{GRAPH}"
+    rows = check_graph(directory / GRAPH, cases, stage=name, graph=path, weights=kind)
+    return Component(
+        graphs=[format.Graph(path=path, activations="float32", weights=kind)],
+        parity=rows,
+        blocks=[],
+        quantization=stored.report,
+    )
+
+
+def max_length(pipeline: Any, suffix: str) -> int:
+    """Tokens of a CLIP encoder's prompt."""
+    # A tokenizer saved without a length claims an astronomical one.
+    tokenizer, encoder = getattr(pipeline, f"tokenizer{suffix}"), getattr(pipeline, f"text_encoder{suffix}")
+    return min(int(tokenizer.model_max_length), int(encoder.config.max_position_embeddings))
+
+
+def num_tokens(model: Model) -> int:
+    """Text tokens the transformer is given."""
+    return model.mmdit.num_text_tokens(model.pipeline, model.defaults.max_sequence_length)
+
+
+def _bits_of_transformer(mmdit: MMDiT, precision: Precision) -> BitsOf:
+    """What turns pictures, times and prompts into tokens and back is a few thousandths of the weights and the
+    part that all pictures pass through; only the blocks' linears are worth their error."""
+    names = {id(item): name for name, item in mmdit.transformer.named_parameters()}
+    bits: dict[str, Bits] = {}
+    for block in mmdit.blocks:
+        bits |= dict.fromkeys((names[id(item)] for item in block.parameters()), precision.bits)
+    for unit, chosen in precision.units.items():
+        bits |= dict.fromkeys((names[id(item)] for item in mmdit.parameters_of(unit)), chosen)
+
+    def bits_of(name: str) -> tuple[Bits, str]:
+        if name not in bits:
+            return (32 if precision.bits == 32 else 16), "outside the transformer blocks"
+        return bits[name], f"{bits[name]} bits were asked for"
+
+    return bits_of
+
+
+def _save(graph: ir.Model, stored: StoredWeights, path: Path) -> None:
+    QuantizeWeights(stored.blocked)(graph)
+    StoreWeights(stored.plain)(graph)
+    ir.save(graph, path)
