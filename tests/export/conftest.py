@@ -1,71 +1,70 @@
-"""A tiny model and its exported bundles, made once: tracing is slow, so each module is traced once."""
+"""A tiny model on disk and its exported bundles, made once: tracing is slow."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 
 from deploy.bundle import Bundle
-from export import bundle as bundle_module
+from export.bundle import export_bundle
+from export.cache import ComponentCache
 from export.denoiser import LoweredTransformer, lower_transformer
-from export.lower import lower_text_encoder, lower_vae_decoder
 from profiles.schema import Profile, load_profile
-from toolchain.families import GenerationDefaults, Model
-from toolchain.families.mmdit import MMDiT
+from toolchain.families import GenerationDefaults, Model, open_model
+from toolchain.families.view import save_model
 from toolchain.shapes.model import GENERATION_DEFAULTS, ShapesConfig, build_pipeline
-
-Lower = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def model() -> Model:
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two blocks of width 64, with weights that make every part of them matter."""
     config = ShapesConfig(num_layers=2, text_layers=2, vae_channels=(8, 8, 8, 8), num_attention_heads=1)
     pipeline = build_pipeline(config)
     torch.manual_seed(0)
     for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
-        part.eval()
         for parameter in part.parameters():
             nn.init.normal_(parameter, std=0.05)
-    return Model(
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    path.mkdir()
+    model = Model(
         source="tiny",
-        path=Path("tiny"),
+        path=path,
         pipeline=pipeline,
         stored_dtype=torch.float32,
         defaults=GenerationDefaults(**GENERATION_DEFAULTS),
         world=None,
     )
+    save_model(model, path)
+    return path
 
 
 @pytest.fixture(scope="session")
-def lower() -> Iterator[Lower]:
-    """Lower a module, in the exporter too, as a copy of a graph that is traced once."""
-    traced: dict[Any, ir.Model | LoweredTransformer] = {}
+def model(path: Path) -> Model:
+    """With its weights, to compare with."""
+    return open_model(str(path))
 
-    def once(function: Lower) -> Lower:
-        def call(module: nn.Module | MMDiT, *rest: Any) -> ir.Model | LoweredTransformer:
-            whose = module.transformer if isinstance(module, MMDiT) else module
-            key = (function, id(whose), *(item for item in rest if isinstance(item, str)))
-            if key not in traced:
-                traced[key] = function(module, *rest)
-            return traced[key].clone()
 
-        return call
+@pytest.fixture(scope="session")
+def on_disk(path: Path) -> Model:
+    """Without them, as it is exported."""
+    return open_model(str(path), precision="none")
 
-    with pytest.MonkeyPatch.context() as patch:
-        functions = (lower_transformer, lower_text_encoder, lower_vae_decoder)
-        copies = {function.__name__: once(function) for function in functions}
-        for name, function in copies.items():
-            patch.setattr(bundle_module, name, function)
-        yield lambda name, *arguments: copies[name](*arguments)
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> ComponentCache:
+    """Shared by all exports of the session."""
+    return ComponentCache(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def lowered(on_disk: Model) -> LoweredTransformer:
+    """The transformer in float32."""
+    return lower_transformer(on_disk.mmdit, on_disk.weights("transformer"))
 
 
 @pytest.fixture(scope="session")
@@ -78,14 +77,16 @@ def gpu() -> Profile:
 
 
 @pytest.fixture(scope="session")
-def bundle(model: Model, gpu: Profile, lower: Lower, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(
+    on_disk: Model, gpu: Profile, cache: ComponentCache, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
     """The model in 4 bits."""
     output = tmp_path_factory.mktemp("int4") / "bundle"
-    return bundle_module.export_bundle(model, targets=[gpu], output=output, license="mit")
+    return export_bundle(on_disk, targets=[gpu], output=output, cache=cache, license="mit")
 
 
 @pytest.fixture(scope="session")
-def full_bundle(model: Model, lower: Lower, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def full_bundle(on_disk: Model, cache: ComponentCache, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The model in 32 bits."""
     output = tmp_path_factory.mktemp("full") / "bundle"
-    return bundle_module.export_bundle(model, targets=[load_profile("cpu-x86")], output=output, bits=32)
+    return export_bundle(on_disk, targets=[load_profile("cpu-x86")], output=output, bits=32, cache=cache)

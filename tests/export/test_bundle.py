@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +19,14 @@ import torch
 
 from deploy.bundle import Bundle
 from export import bundle as bundle_module
+from export import components
 from export.bundle import export_bundle
+from export.cache import ComponentCache
+from export.denoiser import LoweredTransformer
 from export.errors import ExportError
+from export.quantize import QuantReport
 from profiles.schema import Profile, load_profile
 from toolchain.families import Model
-
-Lower = Callable[..., ir.Model]
 
 BLOCK_LINEAR = re.compile(r"transformer_blocks\..*\.weight")
 
@@ -103,7 +105,6 @@ def test_the_report_covers_every_graph_and_every_parameter(model: Model, bundle:
     report = json.loads(bundle.file("parity.json").read_text(encoding="utf-8"))
     compared = {(row["graph"], row["weights"], row["activations"]) for row in report["rows"]}
     assert compared == {
-        ("as lowered, not kept", "float32", "float32"),
         ("transformer/model.onnx", "int4", "float32"),
         ("transformer/model.fp16.onnx", "int4", "float16"),
         ("text_encoder/model.onnx", "float16", "float32"),
@@ -112,9 +113,12 @@ def test_the_report_covers_every_graph_and_every_parameter(model: Model, bundle:
     }
     shapes = [row["shape"] for row in report["rows"] if row["graph"] == "transformer/model.onnx"]
     assert len(shapes) == 2 * 2 * 2
-    names = [item["name"] for kind in ("quantized", "skipped") for item in report["quantization"][kind]]
-    module = model.pipeline.transformer
-    assert sorted(names) == sorted([*dict(module.named_parameters()), *dict(module.named_buffers())])
+    quantization = report["quantization"]["transformer"]
+    names = [item["name"] for kind in ("quantized", "skipped") for item in quantization[kind]]
+    assert sorted(names) == sorted(dict(model.pipeline.transformer.named_parameters()))
+    parts = ["embedders", "transformer_blocks.0", "transformer_blocks.1", "head"]
+    assert [row["block"] for row in report["blocks"]] == parts * 2
+    assert max(row["graph_error"] for row in report["blocks"][:4]) < 1e-5
 
 
 def test_a_32_bit_bundle_computes_what_torch_does(model: Model, full_bundle: Bundle) -> None:
@@ -150,18 +154,75 @@ def test_the_tokenizer_gives_the_ids_of_the_pipelines(model: Model, bundle: Bund
 
 
 def test_a_graph_that_differs_leaves_no_bundle_behind(
-    model: Model, lower: Lower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    on_disk: Model, lowered: LoweredTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(transformer: Any, activations: str) -> ir.Model:
-        graph = lower("lower_transformer", transformer, activations)
-        bias = graph.graph.initializers["proj_out.bias"]
-        bias.const_value = ir.tensor(np.full(bias.const_value.shape.numpy(), 9.0, dtype=np.float32))
-        return graph
+    def broken(*_: Any) -> LoweredTransformer:
+        wrong = lowered.clone()
+        constant = wrong.graph.graph.initializers["pos_embed.rows"]
+        constant.const_value = ir.tensor(np.zeros(constant.const_value.shape.numpy(), dtype=np.float32))
+        return wrong
 
-    monkeypatch.setattr(bundle_module, "lower_transformer", broken)
-    with pytest.raises(ExportError, match=r"exported transformer .* differs from the torch model at batch 1"):
-        export_bundle(model, targets=[load_profile("cpu-x86")], output=tmp_path / "bundle")
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(components, "lower_transformer", broken)
+    cache = ComponentCache(tmp_path / "cache")
+    with pytest.raises(ExportError, match=r"exported transformer .* with the same weights in embedders"):
+        export_bundle(on_disk, targets=[load_profile("cpu-x86")], output=tmp_path / "bundle", cache=cache)
+    assert not (tmp_path / "bundle").exists()
+    assert not list(cache.path.glob("**/transformer*"))
+
+
+def test_an_export_that_was_interrupted_goes_on_with_the_component_it_was_in(
+    on_disk: Model, tmp_path: Path, cache: ComponentCache, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    own = ComponentCache(tmp_path / "cache")
+    target = load_profile("cpu-x86")
+    monkeypatch.setattr(bundle_module, "export_transformer", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(on_disk, targets=[target], output=tmp_path / "bundle", cache=own)
+    assert not (tmp_path / "bundle").exists()
+    for name in ("export_text_encoder", "export_vae_decoder"):
+        monkeypatch.setattr(bundle_module, name, stopped)
+    monkeypatch.setattr(bundle_module, "export_transformer", lambda *args: make_from(bundle, args[-1]))
+    made = export_bundle(on_disk, targets=[target], output=tmp_path / "bundle", cache=own)
+    assert made.manifest.files.keys() >= {"text_encoder/weights.data", "vae_decoder/weights.data"}
+
+
+def make_from(bundle: Bundle, directory: Path) -> components.Component:
+    """A transformer that was made before."""
+    for name in ("model.onnx", "weights.data"):
+        shutil.copyfile(bundle.file(f"transformer/{name}"), directory / name)
+    graphs = [graph for graph in bundle.manifest.graphs["transformer"] if graph.activations == "float32"]
+    report = QuantReport(quantized=(), skipped=())
+    return components.Component(graphs=graphs, parity=[], blocks=[], quantization=report)
+
+
+def test_a_damaged_cache_is_not_believed(on_disk: Model, tmp_path: Path, cache: ComponentCache) -> None:
+    made: list[Path] = []
+
+    def make(directory: Path) -> components.Component:
+        made.append(directory)
+        (directory / "weights.data").write_bytes(b"weights")
+        report = QuantReport(quantized=(), skipped=())
+        return components.Component(graphs=[], parity=[], blocks=[], quantization=report)
+
+    own = ComponentCache(tmp_path / "cache")
+    own.get("key", make, tmp_path / "a")
+    own.get("key", make, tmp_path / "b")
+    assert len(made) == 1
+    (own.path / "components" / "key" / "weights.data").write_bytes(b"wrong!!")
+    own.get("key", make, tmp_path / "c")
+    assert len(made) == 2
+    assert (tmp_path / "c" / "weights.data").read_bytes() == b"weights"
+
+
+def test_what_does_not_fit_on_the_disk_is_refused_before_the_work(
+    on_disk: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    message = refusal(on_disk, [load_profile("cpu-x86")], tmp_path)
+    assert re.search(r"takes 0\.0 GB on the disk of .* where 0\.0 GB are free\. Make room", message)
 
 
 def with_parts(model: Model, **parts: Any) -> Model:
@@ -171,9 +232,10 @@ def with_parts(model: Model, **parts: Any) -> Model:
 
 
 def refusal(model: Model, targets: list[Profile], tmp_path: Path, **options: Any) -> str:
+    cache = ComponentCache(tmp_path / "cache")
     with pytest.raises(ExportError) as error:
-        export_bundle(model, targets=targets, output=tmp_path / "bundle", **options)
-    assert not list(tmp_path.iterdir())
+        export_bundle(model, targets=targets, output=tmp_path / "bundle", cache=cache, **options)
+    assert not list(tmp_path.glob("bundle*"))
     return str(error.value)
 
 
@@ -191,7 +253,7 @@ def test_sigmas_the_device_does_not_know_are_refused_by_name(model: Model, tmp_p
 
 
 def test_bits_that_do_not_exist_are_refused(model: Model, tmp_path: Path) -> None:
-    assert "4, 16 or 32 bits, not 8" in refusal(model, [load_profile("cpu-x86")], tmp_path, bits=8)
+    assert "16 or 32 bits, not 5" in refusal(model, [load_profile("cpu-x86")], tmp_path, bits=5)
 
 
 def test_a_picture_size_the_model_cannot_make_is_refused(model: Model, gpu: Profile, tmp_path: Path) -> None:

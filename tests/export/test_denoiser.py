@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,18 @@ import onnxruntime
 import pytest
 import torch
 
+from export import denoiser
+from export.denoiser import LoweredTransformer, lower_transformer
 from export.passes import parameters
-from toolchain.families import Model
+from toolchain.errors import ToolchainError
+from toolchain.families import Model, open_model
+from toolchain.families.mmdit import MMDiT, TextStates
+from toolchain.geometry import Unit
 
-Lower = Callable[..., ir.Model]
 
-
-@pytest.fixture(scope="module")
-def transformer(model: Model, lower: Lower) -> ir.Model:
-    return lower("lower_transformer", model.mmdit, model.weights("transformer"), "float32").graph
+@pytest.fixture
+def transformer(lowered: LoweredTransformer) -> ir.Model:
+    return lowered.clone().graph
 
 
 def run(graph: ir.Model, path: Path, inputs: dict[str, torch.Tensor]) -> list[np.ndarray[Any, Any]]:
@@ -46,9 +48,8 @@ def test_initialisers_keep_the_names_of_the_torch_parameters(model: Model, trans
     assert parameters(transformer).keys() == dict(module.named_parameters()).keys()
 
 
-@pytest.mark.parametrize("activations", ["float32", "float16"])
-def test_nothing_is_float64(model: Model, lower: Lower, activations: str) -> None:
-    graph = lower("lower_transformer", model.mmdit, model.weights("transformer"), activations).graph.graph
+def test_nothing_is_float64(transformer: ir.Model) -> None:
+    graph = transformer.graph
     values = [*graph.initializers.values(), *graph.inputs, *graph.outputs]
     assert ir.DataType.DOUBLE not in {value.dtype for value in values}
     casts = {node.attributes.get_int("to", 0) for node in graph if node.op_type == "Cast"}
@@ -84,13 +85,55 @@ def test_sizes_that_were_not_traced_agree_with_torch(
     np.testing.assert_allclose(velocity, expected.numpy(), atol=1e-5)
 
 
-def test_each_prompt_of_a_batch_is_pooled_at_its_own_end(model: Model, lower: Lower, tmp_path: Path) -> None:
-    encoder = model.pipeline.text_encoder
-    end = encoder.config.eos_token_id
-    ids = torch.tensor([[5, 6, 7, 8, end], [5, end, end, end, end], [5, 6, 7, end, 9]])
-    with torch.no_grad():
-        expected = encoder(ids, output_hidden_states=True)
-    graph = lower("lower_text_encoder", encoder)
-    hidden_states, pooled = run(graph, tmp_path / "model.onnx", {"input_ids": ids})
-    np.testing.assert_allclose(hidden_states, expected.hidden_states[-2].numpy(), atol=1e-5)
-    np.testing.assert_allclose(pooled, expected.text_embeds.numpy(), atol=1e-5)
+def inputs_of(mmdit: MMDiT, batch: int, height: int, width: int, tokens: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    config = mmdit.transformer.config
+    inputs = {
+        "hidden_states": torch.randn(batch, mmdit.latent_channels, height, width),
+        "timestep": torch.rand(batch) * 1000,
+        "encoder_hidden_states": torch.randn(batch, tokens, config.joint_attention_dim),
+        "pooled_projections": torch.randn(batch, config.pooled_projection_dim),
+    }
+    if mmdit.embeds_guidance:
+        inputs["guidance"] = torch.full((batch,), float(mmdit.guidance_scale))
+    return inputs
+
+
+@pytest.mark.parametrize(
+    ("family", "removed"),
+    [
+        ("tiny_dual_path", []),
+        ("tiny_dual_path", ["0.attn2", "1.attn", "2.ff", "2.ff_context", "3.norm1"]),
+        ("tiny_flux_path", []),
+        ("tiny_flux_path", ["0.ff_context", "1.attn", "2.mlp"]),
+    ],
+)
+def test_students_of_every_family_agree_with_torch_at_sizes_that_were_not_traced(
+    request: pytest.FixtureRequest, tmp_path: Path, family: str, removed: list[str]
+) -> None:
+    whole = open_model(str(request.getfixturevalue(family))).mmdit
+    mmdit = whole.without([Unit.parse(unit) for unit in removed], "zero") if removed else whole
+    graph = lower_transformer(mmdit, mmdit.transformer.state_dict()).graph
+    for number, sizes in enumerate([(1, 4, 6, 3), (3, 6, 2, 11)]):
+        inputs = inputs_of(mmdit, *sizes)
+        text = TextStates(tokens_BTJ=inputs["encoder_hidden_states"], pooled_BP=inputs["pooled_projections"])
+        with torch.no_grad():
+            expected = mmdit.velocity(inputs["hidden_states"], inputs["timestep"], text)
+        (velocity,) = run(graph, tmp_path / f"{number}.onnx", inputs)
+        np.testing.assert_allclose(velocity, expected.numpy(), atol=2e-5)
+
+
+def test_a_kind_of_block_is_traced_once(on_disk: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced, trace = [], denoiser.trace
+    monkeypatch.setattr(denoiser, "trace", lambda *args: traced.append(1) or trace(*args))
+    lowered = lower_transformer(on_disk.mmdit, on_disk.weights("transformer"))
+    assert lowered.blocks == ("transformer_blocks.0", "transformer_blocks.1")
+    assert len(traced) == 3  # what is around the blocks, a block, and the one that ends the text
+
+
+def test_a_table_of_positions_that_is_not_of_sines_is_refused(model: Model) -> None:
+    weights = dict(model.weights("transformer"))
+    table = weights["pos_embed.pos_embed"].clone()
+    table[0, 3, 5] += 1
+    with pytest.raises(ToolchainError, match="not one of sines and cosines"):
+        lower_transformer(model.mmdit, weights | {"pos_embed.pos_embed": table})

@@ -11,9 +11,9 @@ import pytest
 from onnx_ir.passes import PreconditionError
 
 from export.passes import (
+    BlockedWeight,
     FoldTransposedWeights,
     GemmToMatMul,
-    Int4Weight,
     QuantizeWeights,
     StoreWeights,
     linear_weights,
@@ -79,10 +79,10 @@ def test_only_right_sides_of_matmuls_are_weights_of_linears() -> None:
     assert linear_weights(ir.from_onnx_text(SHARED)) == []
 
 
-def int4_weight() -> Int4Weight:
+def int4_weight() -> BlockedWeight:
     values = np.array([[1, -2], [3, 4], [5, 6], [7, -8]], dtype=ir.DataType.INT4.numpy())
     scales = np.array([[0.5, 1.0], [2.0, 0.25]], dtype=np.float16)
-    return Int4Weight(values=ir.tensor(values, name="w"), scales=ir.tensor(scales), group_size=2)
+    return BlockedWeight(values=ir.tensor(values, name="w"), scales=ir.tensor(scales), group_size=2)
 
 
 def test_a_quantised_weight_is_dequantised_in_blocks_along_its_inputs() -> None:

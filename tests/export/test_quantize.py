@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
 from export.errors import ExportError
-from export.quantize import choose_group_size, quantize_matrix, store_weights
+from export.quantize import StoredWeights, choose_group_size, store_weights
 from export.weights import WeightFile
 
 Array = np.ndarray[Any, Any]
@@ -36,35 +37,30 @@ def linear_graph(**weights: Array) -> ir.Model:
     return ir.Model(graph, ir_version=10)
 
 
-def dequantize(values: Array, scales: Array) -> Array:
-    return values.astype(np.float32) * np.repeat(scales.astype(np.float32), len(values) // len(scales), 0)
+def uniform(bits: int) -> Any:
+    """Bits of all linears of blocks."""
+
+    def bits_of(name: str) -> tuple[int, str]:
+        if not name.startswith("transformer_blocks."):
+            return (32 if bits == 32 else 16), "outside the transformer blocks"
+        return bits, f"{bits} bits were asked for"
+
+    return bits_of
+
+
+def store(path: Path, model: ir.Model, bits: int) -> StoredWeights:
+    weights = {
+        name: torch.from_numpy(value.const_value.numpy())
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None
+    }
+    with WeightFile(path) as file:
+        return store_weights(model, weights, file, bits_of=uniform(bits))
 
 
 @pytest.mark.parametrize(("size", "group"), [(128, 64), (2432, 64), (96, 48), (100, 50), (40, 40), (67, 1)])
 def test_a_group_is_the_largest_divisor_up_to_the_limit(size: int, group: int) -> None:
     assert choose_group_size(size, 64) == group
-
-
-def test_scales_are_positive_and_the_error_is_that_of_four_bits() -> None:
-    weight = np.random.default_rng(0).normal(size=(128, 96)).astype(np.float32)
-    values, scales = quantize_matrix(weight, 64)
-    assert values.shape == (128, 96)
-    assert scales.shape == (2, 96)
-    assert scales.dtype == np.float16
-    assert (scales > 0).all()
-    assert np.linalg.norm(dequantize(values, scales) - weight) / np.linalg.norm(weight) < 0.1
-
-
-def test_weights_on_the_grid_are_kept_exactly() -> None:
-    weight = np.tile(np.arange(-8, 8, dtype=np.float32), 4)[:, None] * 0.25
-    values, scales = quantize_matrix(weight, 64)
-    np.testing.assert_array_equal(dequantize(values, scales), weight)
-
-
-def test_weights_of_zero_stay_zero() -> None:
-    values, scales = quantize_matrix(np.zeros((64, 2), dtype=np.float32), 64)
-    assert (scales > 0).all()
-    assert not dequantize(values, scales).any()
 
 
 def test_the_report_names_every_weight_and_why_it_was_skipped(tmp_path: Path) -> None:
@@ -74,8 +70,7 @@ def test_the_report_names_every_weight_and_why_it_was_skipped(tmp_path: Path) ->
         transformer_blocks__0__prime__weight=np.ones((67, 2), dtype=np.float32),
         proj_out__weight=ones,
     )
-    with WeightFile(tmp_path) as file:
-        report = store_weights(model, file, bits=4).report
+    report = store(tmp_path, model, 4).report
     assert [(item.name, item.group_size, item.bytes) for item in report.quantized] == [
         ("transformer_blocks.0.ff.weight", 64, 64 + 4)
     ]
@@ -92,14 +87,27 @@ def test_the_report_names_every_weight_and_why_it_was_skipped(tmp_path: Path) ->
 @pytest.mark.parametrize(("bits", "dtype"), [(16, np.float16), (32, np.float32)])
 def test_wider_weights_are_stored_in_that_type(tmp_path: Path, bits: Any, dtype: type) -> None:
     model = linear_graph(transformer_blocks__0__ff__weight=np.full((64, 2), 0.1, dtype=np.float32))
-    with WeightFile(tmp_path) as file:
-        stored = store_weights(model, file, bits=bits)
-    assert not stored.int4
+    stored = store(tmp_path, model, bits)
+    assert not stored.blocked
     kept = stored.plain["transformer_blocks.0.ff.weight"].numpy()
     np.testing.assert_array_equal(kept, np.full((64, 2), 0.1, dtype=dtype))
 
 
 def test_a_weight_beyond_float16_is_refused_by_name(tmp_path: Path) -> None:
     model = linear_graph(proj_out__weight=np.full((64, 2), 1e5, dtype=np.float32))
-    with WeightFile(tmp_path) as file, pytest.raises(ExportError, match=r"'proj_out.weight' is not finite"):
-        store_weights(model, file, bits=4)
+    with pytest.raises(ExportError, match=r"'proj_out.weight' is not finite"):
+        store(tmp_path, model, 4)
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(4, ir.DataType.INT4), (8, ir.DataType.INT8)])
+def test_torch_is_given_back_what_was_stored(tmp_path: Path, bits: int, dtype: ir.DataType) -> None:
+    weight = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+    stored = store(
+        tmp_path, linear_graph(transformer_blocks__0__ff__weight=weight, bias__weight=weight), bits
+    )
+    (name,) = stored.blocked
+    assert stored.blocked[name].values.dtype == dtype
+    assert sorted(stored) == ["bias.weight", "transformer_blocks.0.ff.weight"]
+    error = np.abs(stored[name].numpy() - weight).max() / np.abs(weight).max()
+    assert 0 < error < 1 / 2 ** (bits - 1)
+    np.testing.assert_array_equal(stored["bias.weight"].numpy(), weight.astype(np.float16))
