@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -322,7 +322,10 @@ def export(
     target: Annotated[
         list[str] | None, typer.Option("--target", "-t", help="Device profile; may repeat.")
     ] = None,
-    bits: Annotated[int, typer.Option(help="Bits of the transformer's weights: 4, 16 or 32.")] = 4,
+    bits: Annotated[int, typer.Option(help="Bits of the transformer's weights: 4, 8, 16 or 32.")] = 4,
+    without: Annotated[
+        Literal["t5"] | None, typer.Option(help="Leave out the T5 text encoder of Stable Diffusion 3.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory to write the bundle to.")
     ] = None,
@@ -345,6 +348,8 @@ def export(
     from toolchain.families import open_model
 
     model = open_model(source, precision="none")
+    if without == "t5":
+        model = model.without_t5()
     plan = model.path / PLAN_FILE
     with _bars() as bar:
         bundle = export_bundle(

@@ -120,6 +120,19 @@ class Model:
         channels = self.mmdit.latent_channels
         return (channels, self.defaults.height // factor, self.defaults.width // factor)
 
+    def without_t5(self) -> Model:
+        """The same model, its T5 text encoder left out: zeros take the place of what it would say.
+
+        Raises:
+            ToolchainError: It has none, or cannot do without.
+        """
+        if getattr(self.pipeline, "text_encoder_3", None) is None:
+            reason = "has no T5" if self.mmdit.family == "sd3" else "cannot do without its T5"
+            raise ToolchainError(f"{self.source} {reason}; of Stable Diffusion 3 and 3.5 it can be left out")
+        parts = {**self.pipeline.components, "text_encoder_3": None, "tokenizer_3": None}
+        with _quiet():
+            return dataclasses.replace(self, pipeline=type(self.pipeline)(**parts))
+
     def weights(self, part: str) -> Mapping[str, torch.Tensor]:
         """Tensors of a part by the names of its state dict, read from disk one at a time where it holds none.
 
@@ -358,7 +371,7 @@ def _skeleton(path: Path, kind: Any) -> torch.nn.Module:
             module: torch.nn.Module = kind.from_config(kind.load_config(path))
         else:
             module = kind(kind.config_class.from_pretrained(path))
-    return module
+    return module.float()  # whatever its config says: it is the type that its weights are read into
 
 
 def _stored_dtype(part: Path) -> torch.dtype:
