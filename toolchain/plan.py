@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, TypeVar, get_args
 
@@ -17,12 +17,14 @@ from toolchain.errors import ToolchainError
 from toolchain.geometry import Geometry, Semantics, Size, Unit, geometry_from_json
 
 PLAN_FILE, SENSITIVITY_FILE = "plan.json", "sensitivity.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSIONS = {"plan": 3, "analysis": 2}
 
 RuleName = Literal["hpp", "hpp-iterative", "manual", "bk-sdm", "koala", "random", "magnitude"]
 StrengthMode = Literal["none", "pwp", "sgdistill", "sgdistill-binary", "graded"]
 
 EMBEDDERS, HEAD = "embedders", "head"
+
+_BITS = (4, 8, 16)
 
 # Under `graded`, what stands before the first change learns too, at this share of its strength.
 _PREFIX_DAMPING = 0.1
@@ -104,6 +106,9 @@ class CompressionPlan:
     component (`7.ff`); the most specific entry counts."""
     asked: dict[str, Any]
     """The budget, and what else was not left at its default."""
+    bits: dict[str, int] = field(default_factory=dict)
+    """Of the weights of kept components (`7.ff`), once they are exported: 4, 8 or 16. What is not named here
+    gets what the export is asked for."""
 
     def __post_init__(self) -> None:
         _check_choice("semantics", self.semantics, get_args(Semantics))
@@ -128,6 +133,14 @@ class CompressionPlan:
                 raise ToolchainError(f"the strengths say nothing of {name}, which is kept") from None
             if not 0 <= value <= 1:
                 raise ToolchainError(f"the strength of {name} is {value}; it is a number from 0 to 1")
+        if unknown := sorted(self.bits.keys() - set(map(str, kept))):
+            raise ToolchainError(
+                f"bits of {', '.join(unknown)}: no such component is kept; name components that stay, like "
+                f"{kept[0]}"
+            )
+        for name, bits in self.bits.items():
+            if type(bits) is not int or bits not in _BITS:
+                raise ToolchainError(f"the bits of {name} are {bits!r}; there are 4, 8 and 16")
 
     def strength_of(self, name: str) -> float:
         """Of `embedders`, `head`, or a kept component like `7.ff`."""
@@ -149,6 +162,13 @@ class CompressionPlan:
             for index, block in enumerate(self.geometry.blocks)
             if gone.get(index, frozenset()) != set(block.components)
         )
+
+    @property
+    def student_bits(self) -> dict[str, int]:
+        """`bits` by the numbers that the student's blocks have."""
+        number = {teacher: str(student) for student, teacher in enumerate(self.kept_blocks)}
+        units = {Unit.parse(name): bits for name, bits in self.bits.items()}
+        return {f"{number[unit.block]}.{unit.component}": bits for unit, bits in units.items()}
 
     @property
     def first_change(self) -> int:
@@ -336,7 +356,8 @@ def to_json(value: Sensitivity | CompressionPlan) -> dict[str, Any]:
         data["sizes"] = value.sizes
     else:
         data["harms"] = [asdict(item) | {"removed": list(map(str, item.removed))} for item in value.harms]
-    return {"schema_version": SCHEMA_VERSION, **data}
+    what = "plan" if isinstance(value, CompressionPlan) else "analysis"
+    return {"schema_version": SCHEMA_VERSIONS[what], **data}
 
 
 def plan_from_json(data: dict[str, Any]) -> CompressionPlan:
@@ -350,7 +371,13 @@ def plan_from_json(data: dict[str, Any]) -> CompressionPlan:
         sizes = values.pop("sizes", None)
         removed = tuple(map(Unit.parse, values["removed"]))
         plan = CompressionPlan(
-            **{**values, "geometry": geometry_from_json(values["geometry"]), "removed": removed}
+            # Subscripted, for it has a default and the file names it all the same.
+            **{
+                **values,
+                "geometry": geometry_from_json(values["geometry"]),
+                "removed": removed,
+                "bits": dict(values["bits"]),
+            }
         )
         if sizes not in (None, plan.sizes):
             raise ToolchainError(
@@ -385,9 +412,9 @@ def sensitivity_from_json(data: dict[str, Any]) -> Sensitivity:
 def _read(data: dict[str, Any], what: str, read: Callable[[dict[str, Any]], _T]) -> _T:
     values = dict(data)
     version = values.pop("schema_version", None)
-    if version != SCHEMA_VERSION:
+    if version != SCHEMA_VERSIONS[what]:
         raise ToolchainError(
-            f"this is no {what} of schema version {SCHEMA_VERSION} but of {version}; "
+            f"this is no {what} of schema version {SCHEMA_VERSIONS[what]} but of {version}; "
             "make it again with this version of hptool"
         )
     try:

@@ -127,6 +127,10 @@ def test_nothing_changes_where_nothing_goes() -> None:
         ),
         ({"strength": {"embedders": 0, "head": 1, "0": 0, "1": 1.5, "3": 1}}, r"of 1\.attn is 1\.5"),
         ({"strength": {"embedders": 0, "head": 1, "0": 0, "1": float("nan"), "3": 1}}, r"1\.attn is nan"),
+        ({"bits": {"2.ff": 8}}, r"bits of 2\.ff: no such component is kept; .* like 0\.attn"),
+        ({"bits": {"1": 8}}, "bits of 1: no such component"),
+        ({"bits": {"1.ff": 6}}, r"the bits of 1\.ff are 6; there are 4, 8 and 16"),
+        ({"bits": {"1.ff": 8.0}}, r"the bits of 1\.ff are 8\.0"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -145,11 +149,16 @@ def test_the_most_specific_strength_counts() -> None:
     assert (some.strength_of("1.attn"), some.strength_of("1.ff")) == (0.5, 0.25)
 
 
+def test_bits_are_known_by_the_numbers_of_the_student_too() -> None:
+    some = plan("0", "2", bits={"1.attn": 8, "3.ff": 16})
+    assert some.student_bits == {"0.attn": 8, "1.ff": 16}
+
+
 # What is written and read
 
 
 def test_a_plan_reads_as_it_was_written() -> None:
-    some = plan("2", "1.ff")
+    some = plan("2", "1.ff", bits={"1.attn": 8, "3.ff": 16})
     assert plan_from_json(json.loads(json.dumps(to_json(some)))) == some
 
 
@@ -161,20 +170,20 @@ def test_an_analysis_reads_as_it_was_written() -> None:
 
 def test_units_are_written_as_people_write_them() -> None:
     data = to_json(plan("2", "1.ff"))
-    assert data["schema_version"] == 2
+    assert data["schema_version"] == 3
     assert data["removed"] == ["2", "1.ff"]
     assert data["sizes"]["after"]["parameters"] == 320
 
 
 def test_a_plan_of_another_schema_is_refused() -> None:
-    with pytest.raises(ToolchainError, match="no plan of schema version 2 but of 1; make it again"):
-        plan_from_json(to_json(plan("2")) | {"schema_version": 1})
+    with pytest.raises(ToolchainError, match="no plan of schema version 3 but of 2; make it again"):
+        plan_from_json(to_json(plan("2")) | {"schema_version": 2})
     with pytest.raises(ToolchainError, match="no analysis of schema version 2 but of None"):
         sensitivity_from_json({})
 
 
 @pytest.mark.parametrize(
-    "change", [{"more": 1}, {"removed": 3}, {"removed": [4]}, {"geometry": {}}, {"strength": []}]
+    "change", [{"more": 1}, {"removed": 3}, {"removed": [4]}, {"geometry": {}}, {"strength": []}, {"bits": 8}]
 )
 def test_a_plan_that_is_none_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ToolchainError):
