@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 from deploy import bundle as format
 from deploy.bundle import Bundle, open_bundle
 from export.cache import ComponentCache, component_key
+from export.calibration import GROUP_SIZE, Calibration
 from export.components import (
     GRAPH,
     HALF_GRAPH,
@@ -28,6 +29,7 @@ from export.components import (
 )
 from export.engine import build_engine, require_tensorrt_rtx
 from export.errors import ExportError
+from export.harm import weight_bits
 from export.lower import Activations
 from export.quantize import Bits
 from export.space import Needs, expected_bytes, memory_bytes, require_space
@@ -75,7 +77,9 @@ def export_bundle(
     targets: Sequence[Profile],
     output: Path,
     bits: int = 4,
-    bits_of_units: Mapping[str, int] | None = None,
+    bits_of_components: Mapping[str, int] | None = None,
+    calibration: Calibration | None = None,
+    max_bytes: int | None = None,
     cache: ComponentCache,
     bar: Bar = lambda *_: lambda *_: None,
     plan_sha256: str | None = None,
@@ -89,7 +93,9 @@ def export_bundle(
         targets: Devices; the CPU variant is there with any of them.
         output: Directory that appears when the bundle is whole.
         bits: Of the weights of the transformer blocks' linears; 32 leaves everything in float32.
-        bits_of_units: Bits of components of the transformer that differ.
+        bits_of_components: Bits of components of the transformer that differ, as `7.ff`.
+        calibration: Of this model: rounding heeds the inputs that matter.
+        max_bytes: Of the blocks' linears, whose bits are then chosen one by one so that rounding harms least.
         cache: Where finished components are kept: an export that was interrupted goes on with the next one.
         bar: Starts progress bars.
         plan_sha256: Digest of the plan the student was made with.
@@ -104,11 +110,21 @@ def export_bundle(
     check_new_directory(output)
     checked_bits = _require_bits(bits)
     _require_pipeline(model.pipeline)
+    group_size = _require_targets(model, targets, checked_bits)
+    weights = weight_bits(model.mmdit, bits_of_components or {})
+    if max_bytes is not None:
+        if calibration is None or weights:
+            raise ExportError(
+                "Bits are chosen by a calibration where no plan names them. Give one with --calibration, of "
+                "a model whose plan.json names no bits."
+            )
+        group_size, weights = GROUP_SIZE, calibration.bits(max_bytes)
     precision = Precision(
         bits=checked_bits,
-        group_size=_require_targets(model, targets, checked_bits),
+        group_size=group_size,
         half=checked_bits != 32 and any(target.activations == "float16" for target in targets),
-        units={unit: _require_bits(value) for unit, value in (bits_of_units or {}).items()},
+        weights={name: _require_bits(value) for name, value in weights.items()},
+        importance=None if calibration is None else calibration.importance,
     )
     parts = _parts(model, precision, bar)
     keys = {name: component_key(model, part.source, part.options, cache) for name, part in parts.items()}
@@ -175,7 +191,7 @@ def _parts(model: Model, precision: Precision, bar: Bar) -> dict[str, _Part]:
     )
     parts["transformer"] = _Part(
         source="transformer",
-        options={**settings, "precision": dataclasses.asdict(precision)},
+        options={**settings, "precision": precision.facts},
         make=partial(export_transformer, model, precision, bar),
     )
     return parts

@@ -91,7 +91,7 @@ def collect_moments(
         raise ExportError("calibration needs prompts, and none were given")
     settings = {
         "model": model.source,
-        "weights": weights_digest(model.pipeline.transformer),
+        "weights": weights_digest(model.weights("transformer")),
         "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "num_prompts": len(prompts),
         "seed": seed,
@@ -149,12 +149,12 @@ def read_moments(path: Path) -> Moments:
         ) from error
 
 
-def weights_digest(module: nn.Module) -> str:
-    """Hex digest of a module's parameters and buffers, their names and types included."""
+def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """Hex digest of a module's tensors in float32, whatever they are held in, their names included."""
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for name, tensor in weights.items():
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()
 
 

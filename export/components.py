@@ -5,12 +5,15 @@ Nothing here holds more of a model than one block, or one layer of an encoder, i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from deploy import bundle as format
 from export import parity
@@ -63,8 +66,23 @@ class Precision:
     group_size: int
     half: bool
     """Whether a graph that computes in float16 is wanted beside the one in float32."""
-    units: Mapping[str, Bits]
-    """Bits of components that differ, as `7.ff`."""
+    weights: Mapping[str, Bits]
+    """Bits of weights that differ, by name."""
+    importance: Mapping[str, NDArray[np.float64]] | None = None
+    """Mean squares of the inputs of linears, by the names of their weights."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All of it as data, arrays by their digests."""
+        known = self.importance or {}
+        digests = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in known.items()}
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "half": self.half,
+            "weights": dict(self.weights),
+            "importance": digests,
+        }
 
 
 def export_transformer(model: Model, precision: Precision, bar: Bar, directory: Path) -> Component:
@@ -90,6 +108,7 @@ def export_transformer(model: Model, precision: Precision, bar: Bar, directory: 
             file,
             bits_of=_bits_of_transformer(mmdit, precision),
             group_size=precision.group_size,
+            importance=precision.importance,
             on_tensor=advance,
         )
     kind, graphs = _WEIGHTS[precision.bits], []
@@ -197,8 +216,7 @@ def _bits_of_transformer(mmdit: MMDiT, precision: Precision) -> BitsOf:
     bits: dict[str, Bits] = {}
     for block in mmdit.blocks:
         bits |= dict.fromkeys((names[id(item)] for item in block.parameters()), precision.bits)
-    for unit, chosen in precision.units.items():
-        bits |= dict.fromkeys((names[id(item)] for item in mmdit.parameters_of(unit)), chosen)
+    bits |= precision.weights
 
     def bits_of(name: str) -> tuple[Bits, str]:
         if name not in bits:

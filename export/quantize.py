@@ -108,7 +108,7 @@ def store_weights(
     *,
     bits_of: BitsOf,
     group_size: int = 64,
-    importance: Mapping[str, NDArray[np.float32]] | None = None,
+    importance: Mapping[str, NDArray[np.float64]] | None = None,
     on_tensor: Callable[[], None] = lambda: None,
 ) -> StoredWeights:
     """Write a graph's parameters, one at a time.

@@ -50,12 +50,13 @@ class Needs:
 
 def expected_bytes(model: Model, part: str, precision: Precision) -> int:
     """Bytes of a component's files, from the shapes of its tensors alone."""
+    names = {id(item): name for name, item in getattr(model.pipeline, part).named_parameters()}
     blocks = {id(item) for block in model.mmdit.blocks for item in block.parameters()}
     total = 0.0
     for item in getattr(model.pipeline, part).parameters():
         plain = 4.0 if precision.bits == 32 else 2.0
         if part == "transformer" and item.ndim == 2 and id(item) in blocks and precision.bits < 16:
-            plain = precision.bits / 8 + 2 / precision.group_size
+            plain = precision.weights.get(names[id(item)], precision.bits) / 8 + 2 / precision.group_size
         total += plain * item.numel()
     return math.ceil(_MARGIN * total)
 

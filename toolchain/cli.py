@@ -20,12 +20,12 @@ from deploy.errors import DeployError
 from export.errors import ExportError
 from profiles.schema import ProfileError
 from toolchain.errors import ToolchainError
-from toolchain.families.view import Precision
 from toolchain.geometry import Semantics
 from toolchain.plan import PLAN_FILE, SENSITIVITY_FILE, RuleName, StrengthMode
 from toolchain.rules import Budget, Grain, Options, PositionWeight, parse_units
 
 if TYPE_CHECKING:
+    from export.calibration import Calibration
     from toolchain.compress import Decision, Outcome
     from toolchain.evaluate import ShapesScore
     from toolchain.families import Model
@@ -62,7 +62,7 @@ Prompts = Annotated[
 ]
 NumPrompts = Annotated[int, typer.Option(help="Prompts to measure harm on.", min=1)]
 WeightsIn = Annotated[
-    Precision,
+    Literal["float32", "stored"],
     typer.Option(
         "--precision", help="What the model is held in: `stored` takes half the memory for 16-bit weights."
     ),
@@ -315,6 +315,43 @@ def compress(
 
 
 @app.command()
+def calibrate(
+    student: Annotated[
+        str | None, typer.Argument(help="Model to be exported; default: what `compress` wrote last here.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory to write to; a stopped run goes on.")
+    ] = None,
+    prompts: Prompts = None,
+    num_prompts: NumPrompts = 24,
+    precision: WeightsIn = "float32",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Note what a model's linears see while it samples, and what rounding them would harm."""
+    from export.calibration import calibrate as measure
+    from toolchain.compress import analysis_prompts
+    from toolchain.families import open_model
+
+    source = student or _remembered_student()
+    directory = output or Path(Path(source).resolve().name.removesuffix("-student") + "-calibration")
+    model = open_model(source, precision=precision)
+    with _bars() as bar:
+        asked = analysis_prompts(model, prompts, num_prompts, seed=seed)
+        found = measure(model, asked, directory, seed=seed, bar=bar)
+    worst = sorted(found.harms, key=lambda item: -item.error4)[:10]
+
+    def show() -> None:
+        table = Table("weight", "harm in 4 bits", "in 8", title=f"what rounding harms most in {source}")
+        for item in worst:
+            table.add_row(item.name, f"{item.error4:.2e}", f"{item.error8:.2e}")
+        print_(table)
+        print_(f"Use it:  hptool export {source} --calibration {directory} --bits auto")
+
+    _emit({"calibration": str(directory), "worst": [asdict(item) for item in worst]}, as_json, show)
+
+
+@app.command()
 def export(
     student: Annotated[
         str | None, typer.Argument(help="Model to export; default: what `compress` wrote last here.")
@@ -322,7 +359,17 @@ def export(
     target: Annotated[
         list[str] | None, typer.Option("--target", "-t", help="Device profile; may repeat.")
     ] = None,
-    bits: Annotated[int, typer.Option(help="Bits of the transformer's weights: 4, 8, 16 or 32.")] = 4,
+    bits: Annotated[
+        str,
+        typer.Option(help="Bits of the transformer's weights: 4, 8, 16, 32, or auto with --calibration."),
+    ] = "4",
+    calibration: Annotated[
+        Path | None, typer.Option(help="What `hptool calibrate` wrote: rounding heeds what matters.")
+    ] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(help="With --bits auto, of the blocks' linears; default: what 4 bits would take."),
+    ] = None,
     without: Annotated[
         Literal["t5"] | None, typer.Option(help="Leave out the T5 text encoder of Stable Diffusion 3.")
     ] = None,
@@ -345,22 +392,29 @@ def export(
 
     from export.bundle import export_bundle
     from export.cache import ComponentCache, default_cache
+    from export.calibration import read_calibration
     from toolchain.families import open_model
 
     model = open_model(source, precision="none")
     if without == "t5":
         model = model.without_t5()
-    plan = model.path / PLAN_FILE
+    path = model.path / PLAN_FILE
+    plan = plan_from_json(read_json(path)) if path.exists() else None
+    known = None if calibration is None else read_calibration(calibration, model)
+    number, budget = _bits(bits, max_bytes, known, targets[0].group_size)
     with _bars() as bar:
         bundle = export_bundle(
             model,
             targets=targets,
             output=bundle_path,
-            bits=bits,
+            bits=number,
+            bits_of_components=None if plan is None else plan.student_bits,
+            calibration=known,
+            max_bytes=budget,
             cache=ComponentCache(default_cache()),
             bar=bar,
-            plan_sha256=sha256(plan) if plan.exists() else None,
-            base_model=plan_from_json(read_json(plan)).model if plan.exists() else None,
+            plan_sha256=None if plan is None else sha256(path),
+            base_model=None if plan is None else plan.model,
         )
     files = {name: entry.bytes for name, entry in bundle.manifest.files.items()}
     variants = [asdict(variant) for variant in bundle.manifest.variants]
@@ -540,6 +594,21 @@ def _decision(
         prompts=prompts,
         seed=seed,
     )
+
+
+def _bits(
+    text: str, max_bytes: int | None, calibration: Calibration | None, group_size: int
+) -> tuple[int, int | None]:
+    """Bits as a number, and the bytes within which they are chosen if they are."""
+    if text == "auto":
+        if calibration is None:
+            raise ToolchainError("--bits auto needs --calibration; make one with `hptool calibrate`")
+        return 4, max_bytes or calibration.uniform_bytes(group_size)
+    if max_bytes is not None:
+        raise ToolchainError("--max-bytes is for --bits auto")
+    if not text.isdecimal():
+        raise ToolchainError(f"--bits is 4, 8, 16, 32 or auto, not {text!r}")
+    return int(text), None
 
 
 _MEMORY = Path(".hptool.json")
