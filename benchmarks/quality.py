@@ -23,7 +23,8 @@ import torch
 import typer
 
 from benchmarks.machine import machine
-from export.quantize import choose_group_size, quantize_matrix
+from export.quantize import choose_group_size
+from export.rounding import dequantize, quantize_matrix
 from toolchain.analysis import Rescorer, analyze, velocity_errors
 from toolchain.artifacts import read_json, write_json
 from toolchain.distill import DistillRecipe, distill_
@@ -279,8 +280,8 @@ def rounded(model: Model) -> Model:
         if "transformer_blocks." in name and isinstance(module, torch.nn.Linear):
             weight = module.weight.detach().T.numpy()
             group = choose_group_size(weight.shape[0], 64)
-            values, scales = quantize_matrix(weight, group)
-            exact = values.astype("float32") * scales.astype("float32").repeat(group, axis=0)
+            rounded_ = quantize_matrix(weight, bits=4, group_size=group)
+            exact = dequantize(rounded_.values, rounded_.scales)
             module.weight = torch.nn.Parameter(torch.from_numpy(exact).T.contiguous(), requires_grad=False)
     parts = {**model.pipeline.components, "transformer": transformer}
     pipeline = type(model.pipeline)(**parts)
