@@ -31,12 +31,22 @@ from export.parity import LIMITS, Array, ParityRow, Weights, compare, parity_ses
 from toolchain.families import Model
 from toolchain.families.mmdit import MMDiT, Streams, TextStates, shallow_copy
 
-__all__ = ["BlockRow", "CheckedGraph", "State", "check_transformer", "draw_states", "streamed"]
+__all__ = [
+    "BlockRow",
+    "CheckedGraph",
+    "State",
+    "check_transformer",
+    "draw_states",
+    "encode_prompts",
+    "loud_blocks",
+    "streamed",
+]
 
 # Largest relative error of a graph against torch with the same weights: of the order of summing, and of
 # rounding every activation to 16 bits.
 GRAPH_LIMITS: dict[Activations, float] = {"float32": 1e-3, "float16": 2e-2}
 
+_LOUD = 65504 / 2  # of float16's range
 _PROMPTS = ("a red circle left of a blue square", "three yellow triangles", "a green square")
 _BATCHES = (1, 3)
 # Above so many parameters, states are as small as they can be and still differ: a block's weights are read
@@ -167,6 +177,34 @@ def check_transformer(
             run.end(states, reference, exact, velocities)
         on_block()
     return [row for run in runs for row in run.rows], [row for run in runs for row in run.blocks]
+
+
+def loud_blocks(
+    mmdit: MMDiT, weights: Mapping[str, torch.Tensor], states: Sequence[State], on_block: Callable[[], None]
+) -> frozenset[str]:
+    """Names of the blocks in which something comes near the end of float16's range.
+
+    They have to be computed in float32: what is a half of it on a few states is beyond it on others.
+    """
+    names = {id(module): name for name, module in mmdit.transformer.named_modules()}
+    found = set()
+    with torch.no_grad():
+        given = _begin(mmdit, weights, states)
+        for block in mmdit.blocks:
+            name, largest = names[id(block)], [0.0]
+
+            def hear(module: nn.Module, inputs: Any, output: Any, largest: list[float] = largest) -> None:
+                outputs = output if isinstance(output, tuple) else (output,)
+                largest += [float(item.abs().max()) for item in outputs if isinstance(item, torch.Tensor)]
+
+            loaded = _loaded(block, weights, name)
+            for module in loaded.modules():
+                module.register_forward_hook(hear)
+            given = [mmdit.apply(loaded, streams) for streams in given]
+            if max(largest) > _LOUD:
+                found.add(name)
+            on_block()
+    return frozenset(found)
 
 
 @contextmanager

@@ -374,6 +374,8 @@ def _parity_report(components: Mapping[str, Component]) -> dict[str, Any]:
         "schema_version": 2,
         "rows": [row for part in parts.values() for row in part["parity"]],
         "blocks": [row for part in parts.values() for row in part["blocks"]],
+        "drift": [row for part in parts.values() for row in part["drift"]],
+        "float32_blocks": components["transformer"].float32_blocks,
         "quantization": {name: part["quantization"] for name, part in parts.items()},
     }
 

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from deploy import bundle as format
 from export import parity
-from export.blockwise import BlockRow, CheckedGraph, check_transformer, draw_states, streamed
+from export.blockwise import BlockRow, CheckedGraph, check_transformer, draw_states, loud_blocks, streamed
 from export.denoiser import LoweredTransformer, lower_transformer
+from export.drift import LARGEST, Drift, measure_drift
 from export.lower import Activations, lower_text_encoder, lower_vae_decoder
 from export.parity import ParityRow, check_graph
 from export.passes import QuantizeWeights, StoreWeights, parameters
@@ -55,6 +56,10 @@ class Component:
     blocks: list[BlockRow]
     """Of a transformer, block by block."""
     quantization: QuantReport
+    drift: list[Drift]
+    """Of a transformer small enough to sample with."""
+    float32_blocks: list[str]
+    """Blocks that compute in float32 in every graph, because float16 might not hold what they make."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +100,14 @@ def export_transformer(model: Model, precision: Precision, bar: Bar, directory: 
     kinds: list[tuple[str, Activations]] = [(GRAPH, "float32")]
     if precision.half:
         kinds.append((HALF_GRAPH, "float16"))
+    states = draw_states(model, (num_tokens(model), 5))
+    loud: frozenset[str] = frozenset()
+    if precision.half:
+        loud = loud_blocks(mmdit, weights, states, bar("transformer: range", len(mmdit.blocks)))
     advance = bar("transformer: graphs", len(kinds))
     lowered: list[LoweredTransformer] = []
     for _, activations in kinds:
-        lowered.append(lower_transformer(mmdit, weights, activations))
+        lowered.append(lower_transformer(mmdit, weights, activations, float32_blocks=loud))
         advance()
     advance = bar("transformer: weights", len(parameters(lowered[0].graph)))
     with WeightFile(directory) as file:
@@ -122,11 +131,18 @@ def export_transformer(model: Model, precision: Precision, bar: Bar, directory: 
         weights,
         stored,
         graphs,
-        draw_states(model, (num_tokens(model), 5)),
+        states,
         directory,
         bar("transformer: parity", len(lowered[0].blocks) + 2),
     )
+    drift = []
+    if model.num_parameters <= LARGEST:
+        paths = {graph.name: directory / Path(graph.name).name for graph in graphs}
+        steps = (1 + len(paths)) * model.defaults.num_inference_steps
+        drift = measure_drift(model, weights, paths, on_step=bar("transformer: sampling", steps))
     return Component(
+        drift=drift,
+        float32_blocks=sorted(loud),
         graphs=[
             format.Graph(path=graph.name, activations=graph.activations, weights=kind) for graph in graphs
         ],
@@ -193,6 +209,8 @@ def _export_plain(
         graphs=[format.Graph(path=path, activations="float32", weights=kind)],
         parity=rows,
         blocks=[],
+        drift=[],
+        float32_blocks=[],
         quantization=stored.report,
     )
 

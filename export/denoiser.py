@@ -6,7 +6,7 @@ inputs of its own, and its graph is put in as often as the model has one like it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,7 +54,11 @@ class LoweredTransformer:
 
 
 def lower_transformer(
-    mmdit: MMDiT, weights: Mapping[str, torch.Tensor], activations: Activations = "float32"
+    mmdit: MMDiT,
+    weights: Mapping[str, torch.Tensor],
+    activations: Activations = "float32",
+    *,
+    float32_blocks: Collection[str] = (),
 ) -> LoweredTransformer:
     """Lower the denoiser; batch, height, width and the number of text tokens stay free.
 
@@ -62,6 +66,7 @@ def lower_transformer(
         mmdit: Its transformer may lie on the meta device.
         weights: Its tensors, each asked for when it is written and not before.
         activations: What the graph computes in.
+        float32_blocks: Names of blocks that compute in float32 all the same.
 
     Raises:
         ToolchainError: Its positions cannot be computed for every size of picture.
@@ -80,8 +85,11 @@ def lower_transformer(
     blocks, boundaries = [], [_boundary([image, text])]
     streams = [image, text]
     for block in view.blocks:
-        if (kind := _kind(block)) not in kinds:
-            kinds[kind] = _trace_block(view, block, fake, dtype, num_waves=len(shared) - 1)
+        own = torch.float32 if names[id(block)] in float32_blocks else dtype
+        if (kind := f"{own} {_kind(block)}") not in kinds:
+            # A copy of its own, for its type is its own.
+            empty, apart = without_weights(block, own)
+            kinds[kind] = _trace_block(view, empty, apart, dtype, num_waves=len(shared) - 1)
         blocks.append(names[id(block)])
         streams = assembly.append(kinds[kind], [*streams, *shared], blocks[-1])
         boundaries.append(_boundary(streams))
@@ -129,7 +137,7 @@ def _trace_block(
             inputs[name] = torch.empty(length, view.rotary_width)
     batch, tokens, patches = Dim("batch"), Dim("tokens"), Dim("patches")
     shapes = ({0: batch, 1: patches}, {0: batch, 1: tokens}, {0: batch}, *({0: tokens}, {0: patches}) * 2)
-    return trace(_Block(view, block), fake, inputs, ["image_out"], shapes[: len(inputs)])
+    return trace(_Block(view, block, dtype), fake, inputs, ["image_out"], shapes[: len(inputs)])
 
 
 def _kind(block: nn.Module) -> str:
@@ -220,9 +228,9 @@ class _Frame(nn.Module):
 class _Block(nn.Module):
     """One block, as the view calls it."""
 
-    def __init__(self, view: MMDiT, block: nn.Module) -> None:
+    def __init__(self, view: MMDiT, block: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.module, self._apply_block = block, view.apply
+        self.module, self._apply_block, self._dtype = block, view.apply, dtype
 
     def forward(
         self,
@@ -240,8 +248,11 @@ class _Block(nn.Module):
             assert sines_text is not None
             assert sines_image is not None
             rotary = (torch.cat([cosines_text, cosines_image]), torch.cat([sines_text, sines_image]))
+        own = next(self.module.parameters()).dtype
+        image, text, conditioning = (item.to(own) for item in (image, text, conditioning))
         given = Streams(
             image_BND=image, text_BTD=text, conditioning_BD=conditioning, rotary=rotary, size=(0, 0)
         )
         given = self._apply_block(self.module, given)
-        return (given.image_BND,) if given.text_BTD is None else (given.image_BND, given.text_BTD)
+        outputs = (given.image_BND,) if given.text_BTD is None else (given.image_BND, given.text_BTD)
+        return tuple(item.to(self._dtype) for item in outputs)

@@ -17,7 +17,7 @@ import pytest
 import tokenizers
 import torch
 
-from deploy.bundle import Bundle
+from deploy.bundle import Bundle, Graph
 from export import bundle as bundle_module
 from export import components
 from export.bundle import export_bundle
@@ -119,6 +119,10 @@ def test_the_report_covers_every_graph_and_every_parameter(model: Model, bundle:
     parts = ["embedders", "transformer_blocks.0", "transformer_blocks.1", "head"]
     assert [row["block"] for row in report["blocks"]] == parts * 2
     assert max(row["graph_error"] for row in report["blocks"][:4]) < 1e-5
+    assert report["float32_blocks"] == []
+    for row in report["drift"]:
+        assert len(row["errors"]) == bundle.manifest.defaults.num_inference_steps
+        assert 0 < row["errors"][0] < row["errors"][-1] < 1
 
 
 def test_a_32_bit_bundle_computes_what_torch_does(model: Model, full_bundle: Bundle) -> None:
@@ -156,7 +160,7 @@ def test_the_tokenizer_gives_the_ids_of_the_pipelines(model: Model, bundle: Bund
 def test_a_graph_that_differs_leaves_no_bundle_behind(
     on_disk: Model, lowered: LoweredTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> LoweredTransformer:
+    def broken(*_: Any, **__: Any) -> LoweredTransformer:
         wrong = lowered.clone()
         constant = wrong.graph.graph.initializers["pos_embed.rows"]
         constant.const_value = ir.tensor(np.zeros(constant.const_value.shape.numpy(), dtype=np.float32))
@@ -189,13 +193,19 @@ def test_an_export_that_was_interrupted_goes_on_with_the_component_it_was_in(
     assert made.manifest.files.keys() >= {"text_encoder/weights.data", "vae_decoder/weights.data"}
 
 
+def component(report: QuantReport, graphs: list[Graph]) -> components.Component:
+    return components.Component(
+        graphs=graphs, parity=[], blocks=[], quantization=report, drift=[], float32_blocks=[]
+    )
+
+
 def make_from(bundle: Bundle, directory: Path) -> components.Component:
     """A transformer that was made before."""
     for name in ("model.onnx", "weights.data"):
         shutil.copyfile(bundle.file(f"transformer/{name}"), directory / name)
     graphs = [graph for graph in bundle.manifest.graphs["transformer"] if graph.activations == "float32"]
     report = QuantReport(quantized=(), skipped=())
-    return components.Component(graphs=graphs, parity=[], blocks=[], quantization=report)
+    return component(report, graphs)
 
 
 def test_a_damaged_cache_is_not_believed(on_disk: Model, tmp_path: Path, cache: ComponentCache) -> None:
@@ -205,7 +215,7 @@ def test_a_damaged_cache_is_not_believed(on_disk: Model, tmp_path: Path, cache: 
         made.append(directory)
         (directory / "weights.data").write_bytes(b"weights")
         report = QuantReport(quantized=(), skipped=())
-        return components.Component(graphs=[], parity=[], blocks=[], quantization=report)
+        return component(report, [])
 
     own = ComponentCache(tmp_path / "cache")
     own.get("key", make, tmp_path / "a")
