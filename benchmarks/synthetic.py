@@ -64,7 +64,7 @@ class Student:
     kind: type[MMDiT]
     config: Mapping[str, Any] = field(default_factory=dict)
     """What differs from the defaults of diffusers' class."""
-    removed: tuple[int, ...]
+    removed: tuple[int, ...] = ()
     """Whole blocks, in the order they run."""
     clip_widths: tuple[int, ...]
     """Of the CLIP text encoders."""
@@ -78,21 +78,26 @@ class Student:
     """Factor and shift of the latents."""
 
 
+_SD35_LARGE = {
+    "sample_size": 128,
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 2432,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+    "qk_norm": "rms_norm",
+}
+
 STUDENTS = {
+    "sd3.5-large-turbo": Student(
+        kind=SD3, config=_SD35_LARGE, clip_widths=(768, 1280), shift=3.0, scaling=(1.5305, 0.0609)
+    ),
     # The paper's set for 20 %.
     "sd3.5-large-turbo-pruned": Student(
         kind=SD3,
-        config={
-            "sample_size": 128,
-            "num_layers": 38,
-            "num_attention_heads": 38,
-            "attention_head_dim": 64,
-            "joint_attention_dim": 4096,
-            "caption_projection_dim": 2432,
-            "pooled_projection_dim": 2048,
-            "pos_embed_max_size": 192,
-            "qk_norm": "rms_norm",
-        },
+        config=_SD35_LARGE,
         removed=(*range(25, 29), *range(31, 35)),
         clip_widths=(768, 1280),
         shift=3.0,
@@ -211,7 +216,8 @@ def write_transformer(
     tensors = {name: tuple(item.shape) for name, item in transformer.state_dict().items()}
     shards = _shards(tensors, shard_bytes)
     total = 2 * sum(map(math.prod, tensors.values()))
-    weight_map, done = {}, 0
+    weight_map: dict[str, str] = {}
+    done = 0
     with ThreadPoolExecutor(_THREADS) as pool:
         for number, names in enumerate(shards, start=1):
             file = f"{_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
