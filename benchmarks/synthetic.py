@@ -122,7 +122,7 @@ STUDENTS = {
             "joint_attention_dim": 96,
             "caption_projection_dim": 64,
             "pooled_projection_dim": 80,
-            "pos_embed_max_size": 12,
+            "pos_embed_max_size": 16,
             "qk_norm": "rms_norm",
         },
         removed=(2, 4),

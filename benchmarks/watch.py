@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INTERVAL_SECONDS = 0.05
-_FIELDS = ("VmRSS", "RssAnon", "RssFile")
+_FIELDS = ("VmRSS", "VmHWM", "RssAnon", "RssFile")
 _BLOCK = 8 << 20
 
 
@@ -47,8 +47,6 @@ def watch(
 ) -> Watched:
     """Run a command to its end, or until it goes beyond a limit.
 
-    The caller should be small: what it holds when it starts the command counts as the command's.
-
     Args:
         command: Its program and arguments.
         environment: Beside this process's own.
@@ -70,7 +68,7 @@ def watch(
         stopped = None
         try:
             while True:
-                ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+                ended, status = os.waitpid(process.pid, os.WNOHANG)
                 if ended:
                     break
                 now = _memory(process.pid)
@@ -88,8 +86,9 @@ def watch(
         process.returncode = os.waitstatus_to_exitcode(status)
         return Watched(
             seconds=seconds,
-            # The system sees every peak of the command itself, which may fall between two looks at it.
-            peak_bytes=max(peaks["VmRSS"], usage.ru_maxrss * 1024),
+            # The system sees every peak of a process, which may fall between two looks at it. What it reports
+            # at the end (ru_maxrss) counts what this process held when it started the command.
+            peak_bytes=max(peaks["VmRSS"], peaks["VmHWM"]),
             peak_anonymous_bytes=peaks["RssAnon"],
             peak_file_bytes=peaks["RssFile"],
             stopped=stopped,
@@ -118,7 +117,7 @@ def _reason(
 
 
 def memory(pid: int | None = None) -> dict[str, int]:
-    """Resident bytes of one process, this one unless another is named: all, anonymous, and of files."""
+    """Resident bytes of one process, this one unless another is named: now, at most, anonymous, of files."""
     found = dict.fromkeys(_FIELDS, 0)
     try:
         lines = Path(f"/proc/{pid or os.getpid()}/status").read_text(encoding="ascii").splitlines()
@@ -133,7 +132,9 @@ def memory(pid: int | None = None) -> dict[str, int]:
 
 def _memory(pid: int) -> dict[str, int]:
     each = [memory(process) for process in _tree(pid)]
-    return {name: sum(one[name] for one in each) for name in _FIELDS}
+    found = {name: sum(one[name] for one in each) for name in _FIELDS}
+    # Highest marks of several processes were not reached at once.
+    return found | {"VmHWM": max(one["VmHWM"] for one in each)}
 
 
 def _tree(pid: int) -> Iterator[int]:
