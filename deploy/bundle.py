@@ -38,10 +38,13 @@ __all__ = [
     "open_bundle",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
-GRAPHS = ("transformer", "text_encoder", "text_encoder_2", "vae_decoder")
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+# By family, the components that a bundle has besides the transformer and the decoder, and those it may have.
+ENCODERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "sd3": (("text_encoder", "text_encoder_2"), ("text_encoder_3",)),
+    "flux": (("text_encoder", "text_encoder_2"), ()),
+}
 
 _DAMAGED = "Copy the bundle again, or export it again."
 
@@ -72,6 +75,9 @@ class Tokenizer:
 class Scheduler:
     """The options of the flow-matching Euler scheduler that change its sigmas."""
 
+    spacing: Literal["train_range", "unit"]
+    """Before they are shifted they run evenly from the first to the last that the model was trained with, or
+    from 1 to 1 / steps."""
     num_train_timesteps: int
     shift: float
     use_dynamic_shifting: bool
@@ -86,7 +92,11 @@ class Scheduler:
 class Architecture:
     """The sizes that the code around the graphs needs."""
 
-    family: Literal["sd3"]
+    family: Literal["sd3", "flux"]
+    classifier_free: bool
+    """Whether guidance compares two passes, with the prompt and with a negative one."""
+    guidance_embeds: bool
+    """Whether the guidance scale is one of the transformer's inputs."""
     latent_channels: int
     vae_scale_factor: int
     """Picture pixels along a side of one latent."""
@@ -155,9 +165,9 @@ class Manifest:
     scheduler: Scheduler
     defaults: Defaults
     tokenizers: dict[str, Tokenizer]
-    """By the name of the component: `tokenizer` and `tokenizer_2`."""
+    """By the name of the component: `tokenizer` to `tokenizer_3`, one for each text encoder."""
     graphs: dict[str, list[Graph]]
-    """By the name of the component: `transformer`, `text_encoder`, `text_encoder_2`, `vae_decoder`."""
+    """By the name of the component: `transformer`, `vae_decoder`, `text_encoder` to `text_encoder_3`."""
     variants: list[Variant]
     provenance: Provenance
     files: dict[str, File]
@@ -268,12 +278,15 @@ def _fault(manifest: Manifest) -> str | None:
     for relative in manifest.files:
         if not _is_confined(relative) or relative == MANIFEST:
             return f"{relative!r} is not the path of a file inside the bundle"
-    for what, names, there in (
-        ("graphs", GRAPHS, manifest.graphs.keys()),
-        ("tokenizers", TOKENIZERS, manifest.tokenizers.keys()),
+    needed, possible = ENCODERS[manifest.architecture.family]
+    encoders = [*needed, *(name for name in possible if name in manifest.graphs)]
+    names = [name.replace("text_encoder", "tokenizer") for name in encoders]
+    for what, wanted, there in (
+        ("graphs", ["transformer", *encoders, "vae_decoder"], manifest.graphs.keys()),
+        ("tokenizers", names, manifest.tokenizers.keys()),
     ):
-        if set(names) != set(there):
-            return f"{what} must be those of {', '.join(names)}, not of {', '.join(there) or 'nothing'}"
+        if set(wanted) != set(there):
+            return f"{what} must be those of {', '.join(wanted)}, not of {', '.join(there) or 'nothing'}"
     if empty := [name for name, graphs in manifest.graphs.items() if not graphs]:
         return f"graphs[{empty[0]!r}] is empty"
     graphs = [graph.path for component in manifest.graphs.values() for graph in component]
@@ -284,9 +297,12 @@ def _fault(manifest: Manifest) -> str | None:
     scheduler = manifest.scheduler
     if scheduler.use_dynamic_shifting and scheduler.max_image_seq_len <= scheduler.base_image_seq_len:
         return "scheduler.max_image_seq_len must be above its base_image_seq_len"
-    lengths = {tokenizer.max_length for tokenizer in manifest.tokenizers.values()}
-    if len(lengths) > 1 or min(lengths) < 2:
-        return "the tokenizers need one max_length, of two tokens at least"
+    lengths = {name: tokenizer.max_length for name, tokenizer in manifest.tokenizers.items()}
+    if min(lengths.values()) < 2:
+        return "the tokenizers need a max_length of two tokens at least"
+    # Their states stand side by side, token by token.
+    if manifest.architecture.family == "sd3" and lengths["tokenizer"] != lengths["tokenizer_2"]:
+        return "the tokenizers of both CLIP encoders need one max_length"
     if not manifest.variants:
         return "there are no variants to run"
     targets = [variant.target for variant in manifest.variants]

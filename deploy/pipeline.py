@@ -1,4 +1,4 @@
-"""Text to picture from a bundle: what diffusers' StableDiffusion3Pipeline does, without torch.
+"""Text to picture from a bundle: what diffusers' pipelines of SD3 and FLUX.1 do, without torch.
 
 Shapes: B pictures, C latent channels, H and W of the latent, T text tokens, D features.
 """
@@ -141,7 +141,7 @@ class EdgePipeline:
         if not np.isfinite(guidance_scale):
             raise DeployError(f"guidance_scale must be a number, not {guidance_scale}.")
         prompts = _prompts("prompt", prompt)
-        guided = guidance_scale > 1
+        guided = architecture.classifier_free and guidance_scale > 1
         negatives = _prompts("negative_prompt", negative_prompt, len(prompts)) if guided else []
 
         factor, patch = architecture.vae_scale_factor, architecture.patch_size
@@ -160,7 +160,7 @@ class EdgePipeline:
         state, step_ms = noise, []
         for step, timestep in enumerate(timesteps):
             clock = self._clock()
-            velocity = self._velocity(state, timestep, hidden, pooled, guidance_scale if guided else None)
+            velocity = self._velocity(state, timestep, hidden, pooled, guidance_scale, guided=guided)
             if not np.isfinite(velocity).all():
                 raise DeployError(
                     f"The transformer gave values that are not finite in step {step + 1} of {steps}: there "
@@ -211,19 +211,28 @@ class EdgePipeline:
         return np.stack([np.asarray(image) for image in images])
 
     def _encode(self, prompts: list[str]) -> tuple[Floats, Floats]:
-        """Return hidden states [B, T, D] and pooled projections [B, D] of both encoders together."""
+        """Return hidden states [B, T, D] and pooled projections [B, P] of all encoders together."""
+        if self.bundle.manifest.architecture.family == "flux":
+            pooled = self._encoded("", prompts)["pooled"]
+            return self._encoded("_2", prompts)["hidden_states"], pooled
+        return self._encode_sd3(prompts)
+
+    def _encode_sd3(self, prompts: list[str]) -> tuple[Floats, Floats]:
+        """CLIP's states side by side, as wide as T5's, which stand behind them, or zeros in their place."""
         manifest = self.bundle.manifest
-        hidden, pooled = [], []
-        for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
-            outputs = self._run(encoder, input_ids=self._tokens(tokenizer, prompts))
-            hidden.append(outputs["hidden_states"])
-            pooled.append(outputs["pooled"])
-        clip = np.concatenate(hidden, axis=-1)
-        # As wide as the third encoder's states, which stand behind the others: all zero, for it is not there.
-        width, num_zeros = manifest.architecture.joint_attention_dim, manifest.defaults.max_sequence_length
-        padded = np.zeros((clip.shape[0], clip.shape[1] + num_zeros, width), np.float32)
-        padded[:, : clip.shape[1], : clip.shape[2]] = clip
-        return padded, np.concatenate(pooled, axis=-1)
+        clips = [self._encoded(suffix, prompts) for suffix in ("", "_2")]
+        clip = np.concatenate([outputs["hidden_states"] for outputs in clips], axis=-1)
+        pooled = np.concatenate([outputs["pooled"] for outputs in clips], axis=-1)
+        width, num_tokens = manifest.architecture.joint_attention_dim, manifest.defaults.max_sequence_length
+        hidden = np.zeros((clip.shape[0], clip.shape[1] + num_tokens, width), np.float32)
+        hidden[:, : clip.shape[1], : clip.shape[2]] = clip
+        if "text_encoder_3" in manifest.graphs:
+            hidden[:, clip.shape[1] :] = self._encoded("_3", prompts)["hidden_states"]
+        return hidden, pooled
+
+    def _encoded(self, suffix: str, prompts: list[str]) -> dict[str, Floats]:
+        """What one text encoder says."""
+        return self._run(f"text_encoder{suffix}", input_ids=self._tokens(f"tokenizer{suffix}", prompts))
 
     def _tokens(self, name: str, prompts: list[str]) -> NDArray[np.int64]:
         """Return token ids [B, max_length]; a prompt that is too long is cut, its end token kept."""
@@ -250,18 +259,24 @@ class EdgePipeline:
         timestep: np.float32,
         hidden: Floats,
         pooled: Floats,
-        guidance_scale: float | None,
+        guidance_scale: float,
+        *,
+        guided: bool,
     ) -> Floats:
-        """Return the (guided) velocity [B, C, H, W]; None makes a single pass without guidance."""
-        batch = state if guidance_scale is None else np.concatenate([state, state])
+        """Return the velocity [B, C, H, W]; guided, it is that of two passes."""
+        batch = np.concatenate([state, state]) if guided else state
+        embedded = {}
+        if self.bundle.manifest.architecture.guidance_embeds:
+            embedded["guidance"] = np.full(len(batch), guidance_scale, np.float32)
         velocity = self._run(
             "transformer",
             hidden_states=batch,
             timestep=np.full(len(batch), timestep, np.float32),
             encoder_hidden_states=hidden,
             pooled_projections=pooled,
+            **embedded,
         )["velocity"]
-        if guidance_scale is None:
+        if not guided:
             return velocity
         negative, positive = np.split(velocity, 2)
         return negative + guidance_scale * (positive - negative)

@@ -1,4 +1,4 @@
-"""The flow-matching Euler sampler of Stable Diffusion 3, in numpy.
+"""The flow-matching Euler sampler of Stable Diffusion 3 and FLUX.1, in numpy.
 
 Its numbers are those of diffusers' FlowMatchEulerDiscreteScheduler, which a test holds them to.
 """
@@ -27,7 +27,12 @@ def sigmas(scheduler: Scheduler, num_steps: int, image_seq_len: int) -> tuple[Fl
     """
     if num_steps < 1:
         raise DeployError(f"A picture takes one step at least, not {num_steps}.")
+    shift = _dynamic_shift(scheduler, image_seq_len) if scheduler.use_dynamic_shifting else scheduler.shift
     num_train = scheduler.num_train_timesteps
+    if scheduler.spacing == "unit":
+        spacing = np.linspace(1.0, 1 / num_steps, num_steps)
+        levels = _shifted(spacing, shift).astype(np.float32)
+        return levels * np.float32(num_train), np.append(levels, np.float32(0.0))
     # The range the model was trained on, in float32. With a static shift it comes out shifted, and the
     # spacing below is shifted once more: the model's published pictures are made that way.
     ends: NDArray[np.floating] = np.array([num_train, 1], np.float32) / np.float32(num_train)
@@ -35,7 +40,6 @@ def sigmas(scheduler: Scheduler, num_steps: int, image_seq_len: int) -> tuple[Fl
         ends = _shifted(ends, scheduler.shift)
     first, last = (float(end) for end in ends)
     spacing = np.linspace(first * num_train, last * num_train, num_steps) / num_train
-    shift = _dynamic_shift(scheduler, image_seq_len) if scheduler.use_dynamic_shifting else scheduler.shift
     levels = _shifted(spacing, shift).astype(np.float32)
     return levels * np.float32(num_train), np.append(levels, np.float32(0.0))
 

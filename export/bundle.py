@@ -34,7 +34,7 @@ from export.lower import Activations
 from export.quantize import Bits
 from export.space import Needs, expected_bytes, memory_bytes, require_space
 from toolchain.artifacts import check_new_directory, new_directory, sha256, write_json
-from toolchain.compress import Bar
+from toolchain.progress import Bar, silent
 
 if TYPE_CHECKING:
     from profiles.schema import Profile
@@ -81,7 +81,7 @@ def export_bundle(
     calibration: Calibration | None = None,
     max_bytes: int | None = None,
     cache: ComponentCache,
-    bar: Bar = lambda *_: lambda *_: None,
+    bar: Bar = silent,
     plan_sha256: str | None = None,
     base_model: str | None = None,
     license: str | None = None,
@@ -136,7 +136,8 @@ def export_bundle(
             components[name], written = cache.get(keys[name], part.make, directory / name)
             files |= {f"{name}/{path}": file for path, file in written.items()}
         tokenizers = {
-            name: _export_tokenizer(model, name, directory) for name in ("tokenizer", "tokenizer_2")
+            name: _export_tokenizer(model, name, directory)
+            for name in (encoder.replace("text_encoder", "tokenizer") for encoder in _encoders(model))
         }
         variants = [_export_variant(model, target, directory, checked_bits, bar) for target in targets]
         if _CPU_TARGET not in {variant.target for variant in variants}:
@@ -145,7 +146,7 @@ def export_bundle(
         manifest = format.Manifest(
             schema_version=format.SCHEMA_VERSION,
             architecture=_architecture(model),
-            scheduler=_scheduler(model.pipeline.scheduler),
+            scheduler=_scheduler(model),
             defaults=format.Defaults(**dataclasses.asdict(model.defaults)),
             tokenizers=tokenizers,
             graphs={name: component.graphs for name, component in components.items()},
@@ -179,10 +180,10 @@ def _parts(model: Model, precision: Precision, bar: Bar) -> dict[str, _Part]:
     parts = {
         name: _Part(
             source=name,
-            options=settings,
-            make=partial(export_text_encoder, model, name, precision.bits, bar),
+            options={**settings, "group_size": precision.group_size},
+            make=partial(export_text_encoder, model, name, precision.bits, precision.group_size, bar),
         )
-        for name in ("text_encoder", "text_encoder_2")
+        for name in _encoders(model)
     }
     parts["vae_decoder"] = _Part(
         source="vae",
@@ -225,7 +226,7 @@ def _export_tokenizer(model: Model, name: str, directory: Path) -> format.Tokeni
     path = f"{name}/{_TOKENIZER}"
     (directory / name).mkdir()
     (directory / path).write_text(backend.to_str(), encoding="utf-8")
-    length = max_length(model.pipeline, name.removeprefix("tokenizer"))
+    length = max_length(model, name.removeprefix("tokenizer"))
     return format.Tokenizer(path=path, max_length=length, pad_id=tokenizer.pad_token_id)
 
 
@@ -286,7 +287,9 @@ def _latent_sizes(model: Model, target: Profile) -> list[tuple[int, int]]:
 def _architecture(model: Model) -> format.Architecture:
     mmdit, vae = model.mmdit, model.pipeline.vae.config
     return format.Architecture(
-        family="sd3",
+        family=cast("Any", mmdit.family),
+        classifier_free=mmdit.classifier_free,
+        guidance_embeds=mmdit.embeds_guidance,
         latent_channels=mmdit.latent_channels,
         vae_scale_factor=mmdit.vae_scale_factor,
         patch_size=mmdit.patch_size,
@@ -297,12 +300,20 @@ def _architecture(model: Model) -> format.Architecture:
     )
 
 
-def _scheduler(scheduler: Any) -> format.Scheduler:
-    names = [field.name for field in dataclasses.fields(format.Scheduler)]
-    values = {name: scheduler.config[name] for name in names}
-    for name in ("shift", "base_shift", "max_shift"):
-        values[name] = float(values[name])
+def _scheduler(model: Model) -> format.Scheduler:
+    config = model.pipeline.scheduler.config
+    values: dict[str, Any] = {"spacing": "unit" if model.mmdit.family == "flux" else "train_range"}
+    for field in dataclasses.fields(format.Scheduler):
+        if field.name in config:
+            value = config[field.name]
+            values[field.name] = float(value) if field.name.endswith("shift") else value
     return format.Scheduler(**values)
+
+
+def _encoders(model: Model) -> list[str]:
+    """The text encoders that are there, in their order."""
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    return [name for name in names if getattr(model.pipeline, name, None) is not None]
 
 
 def _require_bits(bits: int) -> Bits:
@@ -314,16 +325,6 @@ def _require_bits(bits: int) -> Bits:
 
 
 def _require_pipeline(pipeline: Any) -> None:
-    from diffusers import SD3Transformer2DModel
-
-    if not isinstance(pipeline.transformer, SD3Transformer2DModel):
-        name = type(pipeline).__name__
-        raise ExportError(f"A {name} cannot be exported yet; pipelines of Stable Diffusion 3 and 3.5 can.")
-    if getattr(pipeline, "text_encoder_3", None) is not None:
-        raise ExportError(
-            "The pipeline has a third text encoder (T5), which is not exported yet. Load the pipeline with "
-            "text_encoder_3=None and tokenizer_3=None, save it, and export that."
-        )
     if missing := [
         name
         for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")

@@ -21,8 +21,9 @@ from export.errors import ExportError
 from export.harm import rounding_harms
 from profiles.typed import TypedDataError, from_data
 from toolchain.artifacts import read_json, write_json
-from toolchain.compress import Bar, sample
 from toolchain.families import Model
+from toolchain.progress import Bar
+from toolchain.trajectories import sample_states
 
 __all__ = ["GROUP_SIZE", "Calibration", "calibrate", "read_calibration"]
 
@@ -81,7 +82,8 @@ def calibrate(model: Model, prompts: Sequence[str], directory: Path, *, seed: in
         model, prompts, directory / _MOMENTS, seed=seed, on_step=bar("inputs of the linears", steps)
     )
     if not (directory / _HARMS).exists():
-        states = sample(model, prompts, seed + 1000, "states", bar)
+        steps = model.defaults.num_inference_steps * -(-len(prompts) // 32)
+        states = sample_states(model, list(prompts), seed=seed + 1000, on_step=bar("states", steps))
         count = 64
         harms = rounding_harms(
             model,

@@ -20,14 +20,22 @@ from export import parity
 from export.blockwise import BlockRow, CheckedGraph, check_transformer, draw_states, loud_blocks, streamed
 from export.denoiser import LoweredTransformer, lower_transformer
 from export.drift import LARGEST, Drift, measure_drift
-from export.lower import Activations, lower_text_encoder, lower_vae_decoder
+from export.encoders import (
+    decoder_cases,
+    encoder_bits,
+    is_t5,
+    lower_text_encoder,
+    lower_vae_decoder,
+    text_encoder_cases,
+)
+from export.lower import Activations
 from export.parity import ParityRow, check_graph
 from export.passes import QuantizeWeights, StoreWeights, parameters
 from export.quantize import Bits, BitsOf, QuantReport, StoredWeights, store_weights
 from export.weights import WeightFile
-from toolchain.compress import Bar
 from toolchain.families import Model
 from toolchain.families.mmdit import MMDiT
+from toolchain.progress import Bar
 
 __all__ = [
     "GRAPH",
@@ -152,18 +160,22 @@ def export_transformer(model: Model, precision: Precision, bar: Bar, directory: 
     )
 
 
-def export_text_encoder(model: Model, name: str, bits: Bits, bar: Bar, directory: Path) -> Component:
+def export_text_encoder(
+    model: Model, name: str, bits: Bits, group_size: int, bar: Bar, directory: Path
+) -> Component:
     """Write a text encoder.
 
     Raises:
         ExportError: It is of an unknown class, or its graph differs from torch.
     """
     encoder, weights = getattr(model.pipeline, name), model.weights(name)
-    length = max_length(model.pipeline, name.removeprefix("text_encoder"))
+    length = max_length(model, name.removeprefix("text_encoder"))
     graph = lower_text_encoder(encoder, weights)
     with streamed(encoder, weights):
-        cases = parity.text_encoder_cases(encoder, (length, max(2, length // 2)))
-    return _export_plain(name, graph, weights, cases, directory, bits, bar)
+        cases = text_encoder_cases(encoder, (length, max(2, length // 2)))
+    bits_of = encoder_bits(encoder, bits)
+    kind = _WEIGHTS[bits] if is_t5(encoder) else _plain(bits)
+    return _export_plain(name, graph, weights, cases, directory, bits_of, group_size, kind, bar)
 
 
 def export_vae_decoder(model: Model, bits: Bits, bar: Bar, directory: Path) -> Component:
@@ -175,8 +187,23 @@ def export_vae_decoder(model: Model, bits: Bits, bar: Bar, directory: Path) -> C
     vae, weights = model.pipeline.vae, model.weights("vae")
     graph = lower_vae_decoder(vae, weights)
     with streamed(vae, weights):
-        cases = parity.decoder_cases(vae)
-    return _export_plain("vae_decoder", graph, weights, cases, directory, bits, bar)
+        cases = decoder_cases(vae)
+    plain: Bits = 32 if bits == 32 else 16
+    return _export_plain(
+        "vae_decoder",
+        graph,
+        weights,
+        cases,
+        directory,
+        lambda _: (plain, "the decoder is not quantised"),
+        64,
+        _plain(bits),
+        bar,
+    )
+
+
+def _plain(bits: Bits) -> parity.Weights:
+    return "float32" if bits == 32 else "float16"
 
 
 def _export_plain(
@@ -185,22 +212,20 @@ def _export_plain(
     weights: Mapping[str, Any],
     cases: Sequence[parity.Case],
     directory: Path,
-    bits: Bits,
+    bits_of: BitsOf,
+    group_size: int,
+    kind: parity.Weights,
     bar: Bar,
 ) -> Component:
     """Write a component that computes in float32 on every target.
 
-    Its weights take 16 bits unless 32 are asked for: checkpoints are published in 16 bits, so nothing is lost
-    with those, and of a bundle with a 4-bit transformer these parts would be the larger half. Computing in
-    float32 keeps the activations of text encoders and decoders, which are known to leave float16's range, out
-    of trouble.
+    What is not quantised takes 16 bits unless 32 are asked for: checkpoints are published in 16 bits, so
+    nothing is lost with those.
     """
-    plain: Bits = 32 if bits == 32 else 16
-    kind = _WEIGHTS[plain]
     advance = bar(f"{name}: weights", len(parameters(graph)))
     with WeightFile(directory) as file:
         stored = store_weights(
-            graph, weights, file, bits_of=lambda _: (plain, f"{name} is not quantised"), on_tensor=advance
+            graph, weights, file, bits_of=bits_of, group_size=group_size, on_tensor=advance
         )
     _save(graph, stored, directory / GRAPH)
     path = f"{name}/{GRAPH}"
@@ -215,10 +240,13 @@ def _export_plain(
     )
 
 
-def max_length(pipeline: Any, suffix: str) -> int:
-    """Tokens of a CLIP encoder's prompt."""
+def max_length(model: Model, suffix: str) -> int:
+    """Tokens of a prompt for a text encoder: CLIP's own limit, or what the model is run with for T5."""
+    tokenizer = getattr(model.pipeline, f"tokenizer{suffix}")
+    encoder = getattr(model.pipeline, f"text_encoder{suffix}")
+    if is_t5(encoder):
+        return model.defaults.max_sequence_length
     # A tokenizer saved without a length claims an astronomical one.
-    tokenizer, encoder = getattr(pipeline, f"tokenizer{suffix}"), getattr(pipeline, f"text_encoder{suffix}")
     return min(int(tokenizer.model_max_length), int(encoder.config.max_position_embeddings))
 
 

@@ -12,28 +12,21 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim
 
 from export.errors import ExportError
 from export.passes import canonicalize, is_transposed
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextModelWithProjection
 
 __all__ = [
     "DTYPES",
     "Activations",
     "bind",
-    "lower_text_encoder",
-    "lower_vae_decoder",
     "trace",
     "without_weights",
 ]
@@ -42,64 +35,6 @@ Activations = Literal["float32", "float16"]
 
 OPSET = 21  # the first with blocked DequantizeLinear; 23 has no readers yet
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-
-
-def lower_text_encoder(encoder: CLIPTextModelWithProjection, weights: Mapping[str, torch.Tensor]) -> ir.Model:
-    """Lower a CLIP text encoder in float32; batch and length stay free.
-
-    Raises:
-        ExportError: The encoder is of another class.
-    """
-    _require(encoder, "CLIPTextModelWithProjection")
-    copied, fake = without_weights(encoder, torch.float32)
-    with fake:
-        inputs = {"input_ids": torch.zeros(2, 7, dtype=torch.int64)}
-    shapes = ({0: Dim("batch"), 1: Dim("length")},)
-    model = trace(_TextEncoder(copied), fake, inputs, ["hidden_states", "pooled"], shapes)
-    return bind(model, weights, encoder.named_buffers())
-
-
-def lower_vae_decoder(vae: AutoencoderKL, weights: Mapping[str, torch.Tensor]) -> ir.Model:
-    """Lower the decoder half of the autoencoder in float32; batch, height and width stay free.
-
-    Raises:
-        ExportError: The autoencoder is of another class.
-    """
-    _require(vae, "AutoencoderKL")
-    copied, fake = without_weights(vae, torch.float32)
-    with fake:
-        inputs = {"latents": torch.empty(2, vae.config.latent_channels, 4, 6)}
-    shapes = ({0: Dim("batch"), 2: Dim("height"), 3: Dim("width")},)
-    model = trace(_Decoder(copied), fake, inputs, ["image"], shapes)
-    return bind(model, weights, vae.named_buffers())
-
-
-class _TextEncoder(nn.Module):
-    def __init__(self, module: Any) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, input_ids: torch.Tensor) -> Any:
-        output = self.module(input_ids, output_hidden_states=True)
-        return output.hidden_states[-2], output.text_embeds
-
-
-class _Decoder(nn.Module):
-    def __init__(self, module: Any) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, latents: torch.Tensor) -> Any:
-        return self.module.decode(latents, return_dict=False)[0]
-
-
-def _require(module: nn.Module, supported: str) -> None:
-    # By name, so that a class is told apart without importing the libraries of all others.
-    if not any(kind.__name__ == supported for kind in type(module).__mro__):
-        raise ExportError(
-            f"A {type(module).__name__} cannot be exported; {supported} is supported in its place. "
-            "Export a Stable Diffusion 3 pipeline."
-        )
 
 
 def without_weights(module: Any, dtype: torch.dtype) -> tuple[Any, FakeTensorMode]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -14,19 +13,14 @@ import torch
 
 from export.errors import ExportError
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextModelWithProjection
-
 __all__ = [
     "Case",
     "ParityRow",
+    "case_of",
     "check_graph",
     "compare",
-    "decoder_cases",
     "parity_session",
     "require_close",
-    "text_encoder_cases",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -44,8 +38,6 @@ LIMITS: dict[tuple[Weights, Literal["float32", "float16"]], float] = {
     ("int4", "float32"): 0.2,
     ("int4", "float16"): 0.2,
 }
-
-_BATCHES = (1, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,36 +67,6 @@ class ParityRow:
     num_non_finite: int
     limit: float
     """Largest relative error that is accepted."""
-
-
-def text_encoder_cases(
-    encoder: CLIPTextModelWithProjection, lengths: tuple[int, int], *, seed: int = 0
-) -> list[Case]:
-    """Draw prompts whose end token stands at another place in each row, as the pooled output hangs on it."""
-    config, generator = encoder.config, torch.Generator().manual_seed(seed)
-    cases = []
-    for length, batch in product(sorted(set(lengths)), _BATCHES):
-        ids = torch.randint(0, config.vocab_size, (batch, length), generator=generator)
-        for row in range(batch):
-            ids[row, length - 1 - row % length :] = config.eos_token_id
-        with torch.no_grad():
-            output = encoder(ids, output_hidden_states=True)
-        outputs = {"hidden_states": output.hidden_states[-2], "pooled": output.text_embeds}
-        cases.append(_case({"batch": batch, "length": length}, {"input_ids": ids}, outputs))
-    return cases
-
-
-def decoder_cases(vae: AutoencoderKL, *, seed: int = 0) -> list[Case]:
-    """Draw latents of two sizes, one of them not square, in two batches."""
-    generator = torch.Generator().manual_seed(seed)
-    cases = []
-    for (height, width), batch in product(((4, 4), (3, 6)), _BATCHES):
-        latents = torch.randn(batch, vae.config.latent_channels, height, width, generator=generator)
-        with torch.no_grad():
-            image = vae.decode(latents, return_dict=False)[0]
-        shape = {"batch": batch, "height": height, "width": width}
-        cases.append(_case(shape, {"latents": latents}, {"image": image}))
-    return cases
 
 
 def check_graph(
@@ -155,7 +117,8 @@ def parity_session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _case(shape: dict[str, int], inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> Case:
+def case_of(shape: dict[str, int], inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> Case:
+    """Of torch's inputs and outputs."""
     return Case(
         shape=shape,
         inputs={name: tensor.numpy() for name, tensor in inputs.items()},

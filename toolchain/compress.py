@@ -29,13 +29,11 @@ from toolchain.plan import (
     to_json,
     unmeasured,
 )
+from toolchain.progress import Bar
 from toolchain.prune import check_plan, prune
 from toolchain.rules import Budget, Options, build_plan, check_budget, format_units
 from toolchain.shapes.world import captions
 from toolchain.trajectories import States, sample_states
-
-Bar = Callable[[str, int], Callable[..., None]]
-"""Starts a progress bar of a name and a length, and returns what advances it."""
 
 REPORT_FILE = "report.json"
 

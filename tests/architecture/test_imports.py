@@ -87,6 +87,7 @@ def test_export_sees_only_the_doors_of_its_neighbours() -> None:
         "toolchain.artifacts",
         "toolchain.errors",
         "toolchain.families",
+        "toolchain.progress",
         "toolchain.trajectories",
         "profiles",
         "deploy.bundle",

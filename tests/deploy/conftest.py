@@ -106,6 +106,8 @@ def _manifest(files: dict[str, File]) -> Manifest:
         schema_version=SCHEMA_VERSION,
         architecture=Architecture(
             family="sd3",
+            classifier_free=True,
+            guidance_embeds=False,
             latent_channels=CHANNELS,
             vae_scale_factor=8,
             patch_size=2,
@@ -115,6 +117,7 @@ def _manifest(files: dict[str, File]) -> Manifest:
             joint_attention_dim=10,
         ),
         scheduler=Scheduler(
+            spacing="train_range",
             num_train_timesteps=1000,
             shift=3.0,
             use_dynamic_shifting=False,

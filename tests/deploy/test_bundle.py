@@ -153,12 +153,12 @@ def _drop(*keys: Any) -> Callable[[dict[str, Any]], None]:
         (_set("architecture", "colour", to=1), r"unknown key 'architecture\.colour'"),
         (_drop("defaults", "width"), r"missing key 'defaults\.width'"),
         (_drop("schema_version"), "missing key 'schema_version'"),
-        (_set("schema_version", to=2), "has schema_version 2, and this version of hptool reads 1"),
+        (_set("schema_version", to=1), "has schema_version 1, and this version of hptool reads 2"),
         (_set("schema_version", to=True), "schema_version must be of type int"),
         (_set("defaults", "width", to="64"), r"defaults\.width must be of type int, not '64' \(str\)"),
         (_set("defaults", "width", to=64.0), r"defaults\.width must be of type int, not 64\.0 \(float\)"),
         (_set("scheduler", "shift", to=True), r"scheduler\.shift must be of type float, not True \(bool\)"),
-        (_set("architecture", "family", to="flux"), r"architecture\.family must be 'sd3', not 'flux'"),
+        (_set("architecture", "family", to="sdxl"), r"architecture\.family must be 'sd3' or 'flux', not 'sdxl'"),
         (
             _set("graphs", "transformer", 0, "weights", to="int3"),
             r"graphs\['transformer'\]\[0\]\.weights must be",
@@ -178,7 +178,7 @@ def _drop(*keys: Any) -> Callable[[dict[str, Any]], None]:
         (_set("variants", 1, "activations", to="float16"), "not one of the transformer's graphs"),
         (_set("architecture", "patch_size", to=0), r"architecture\.patch_size must be 1 at least"),
         (_set("defaults", "max_sequence_length", to=-1), r"defaults\.max_sequence_length must be 0 at least"),
-        (_set("tokenizers", "tokenizer", "max_length", to=8), "tokenizers need one max_length"),
+        (_set("tokenizers", "tokenizer", "max_length", to=8), "CLIP encoders need one max_length"),
     ],
 )
 def test_manifest_is_read_strictly(

@@ -64,7 +64,9 @@ def diffusers_pictures(
     if guidance > 1:
         negative_hidden, negative_pooled = encode(negatives)
         hidden, pooled = torch.cat([negative_hidden, hidden]), torch.cat([negative_pooled, pooled])
-    scheduler = FlowMatchEulerDiscreteScheduler(**dataclasses.asdict(manifest.scheduler))
+    options = dataclasses.asdict(manifest.scheduler)
+    del options["spacing"]  # it is the pipeline's choice, not the scheduler's
+    scheduler = FlowMatchEulerDiscreteScheduler(**options)
     scheduler.set_timesteps(steps)
     latents = torch.from_numpy(noise)
     for t in scheduler.timesteps:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -34,30 +36,40 @@ CASES = {
 ROUNDING = 2.5e-7
 
 
-def reference(options: dict, num_steps: int, image_seq_len: int) -> FlowMatchEulerDiscreteScheduler:
+def reference(
+    options: dict, num_steps: int, image_seq_len: int, spacing: str
+) -> FlowMatchEulerDiscreteScheduler:
     scheduler = FlowMatchEulerDiscreteScheduler(**options)
     ranges = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
     mu = calculate_shift(image_seq_len, *(options[name] for name in ranges))
-    scheduler.set_timesteps(num_steps, mu=mu if options["use_dynamic_shifting"] else None)
+    mu = mu if options["use_dynamic_shifting"] else None
+    if spacing == "unit":  # as the pipeline of FLUX.1 asks for it
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
+    else:
+        scheduler.set_timesteps(num_steps, mu=mu)
     return scheduler
 
 
+@pytest.mark.parametrize("spacing", ["train_range", "unit"])
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 @settings(deadline=None, max_examples=25)
 @given(num_steps=st.integers(1, 100), image_seq_len=st.integers(4, 9216))
-def test_sigmas_are_those_of_diffusers(options: dict, num_steps: int, image_seq_len: int) -> None:
-    expected = reference(options, num_steps, image_seq_len)
-    timesteps, levels = sigmas(Scheduler(**options), num_steps, image_seq_len)
+def test_sigmas_are_those_of_diffusers(
+    options: dict, spacing: Any, num_steps: int, image_seq_len: int
+) -> None:
+    expected = reference(options, num_steps, image_seq_len, spacing)
+    timesteps, levels = sigmas(Scheduler(spacing=spacing, **options), num_steps, image_seq_len)
     assert timesteps.dtype == levels.dtype == np.float32
     assert timesteps.shape == (num_steps,)
     np.testing.assert_allclose(levels, expected.sigmas.numpy(), rtol=0, atol=ROUNDING)
     np.testing.assert_allclose(timesteps, expected.timesteps.numpy(), rtol=0, atol=1000 * ROUNDING)
 
 
+@pytest.mark.parametrize("spacing", ["train_range", "unit"])
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
-def test_steps_are_those_of_diffusers(options: dict) -> None:
-    scheduler = reference(options, 5, 64)
-    timesteps, levels = sigmas(Scheduler(**options), 5, 64)
+def test_steps_are_those_of_diffusers(options: dict, spacing: Any) -> None:
+    scheduler = reference(options, 5, 64, spacing)
+    timesteps, levels = sigmas(Scheduler(spacing=spacing, **options), 5, 64)
     generator = np.random.default_rng(0)
     latents = generator.standard_normal((2, 4, 3, 3), np.float32)
     expected = torch.from_numpy(latents)
@@ -73,4 +85,4 @@ def test_steps_are_those_of_diffusers(options: dict) -> None:
 
 def test_no_steps_are_refused() -> None:
     with pytest.raises(DeployError, match="one step at least, not 0"):
-        sigmas(Scheduler(**STATIC), 0, 64)
+        sigmas(Scheduler(spacing="train_range", **STATIC), 0, 64)

@@ -249,11 +249,6 @@ def refusal(model: Model, targets: list[Profile], tmp_path: Path, **options: Any
     return str(error.value)
 
 
-def test_a_third_text_encoder_is_refused(model: Model, tmp_path: Path) -> None:
-    with_t5 = with_parts(model, text_encoder_3=torch.nn.Linear(2, 2))
-    assert "T5), which is not exported yet" in refusal(with_t5, [load_profile("cpu-x86")], tmp_path)
-
-
 def test_sigmas_the_device_does_not_know_are_refused_by_name(model: Model, tmp_path: Path) -> None:
     scheduler = type(model.pipeline.scheduler).from_config(
         model.pipeline.scheduler.config, invert_sigmas=True

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from toolchain.artifacts import read_json
 from toolchain.errors import ToolchainError
+from toolchain.families.names import superfluous
 
 if TYPE_CHECKING:
     import torch
@@ -53,14 +54,11 @@ class StoredTensors(Mapping[str, "torch.Tensor"]):
         self._places: dict[str, tuple[Path, str]] = {}
         expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         for name in expected:
-            known = (names or {}).get(name, (name,))
-            if found := next((other for other in known if other in files), None):
+            if found := next((other for other in (names or {}).get(name, (name,)) if other in files), None):
                 self._places[name] = (files[found], found)
-        used = {place[1] for place in self._places.values()}
-        aliases = {other for name in self._places for other in (names or {}).get(name, ())}
-        require_same_names(
-            source, part.name, expected.keys() - self._places.keys(), files.keys() - used - aliases
-        )
+        known = {other for name in self._places for other in (names or {}).get(name, (name,))}
+        unknown = {name for name in files.keys() - known if not superfluous(name)}
+        require_same_names(source, part.name, expected.keys() - self._places.keys(), unknown)
         for name, (_, found) in self._places.items():
             if shapes[found] != expected[name]:
                 raise ToolchainError(

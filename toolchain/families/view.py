@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from toolchain.artifacts import read_json, write_json
 from toolchain.errors import ToolchainError
+from toolchain.families.names import stored_names
 from toolchain.families.stored import StoredTensors, require_same_names, weight_files
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class Model:
         module = getattr(self.pipeline, part)
         held: dict[str, torch.Tensor] = module.state_dict()
         if any(tensor.is_meta for tensor in held.values()):
-            return StoredTensors(self.source, self.path / part, module)
+            return StoredTensors(self.source, self.path / part, module, stored_names(module))
         return held
 
     def paint(self, prompts: list[str], noise: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:

@@ -1,0 +1,186 @@
+"""What turns prompts into tokens and latents into pictures, as graphs: CLIP, T5 and the VAE's decoder.
+
+All of them compute in float32 on every target. Their activations are known to leave float16's range (T5's
+feed-forward does on any prompt), and they run once a picture where the transformer runs dozens of times.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import product
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch.export import Dim
+
+from export.errors import ExportError
+from export.lower import bind, trace, without_weights
+from export.parity import Case, case_of
+from export.quantize import Bits, BitsOf
+
+__all__ = [
+    "decoder_cases",
+    "encoder_bits",
+    "is_t5",
+    "lower_text_encoder",
+    "lower_vae_decoder",
+    "text_encoder_cases",
+]
+
+_BATCHES = (1, 3)
+_T5_LINEAR = re.compile(r"encoder\.block\.\d+\.layer\.\d+\.(SelfAttention|DenseReluDense)\.\w+\.weight")
+_T5_OUT = re.compile(r".*\.DenseReluDense\.wo\.weight")
+
+
+class _Clip(nn.Module):
+    """The states that Stable Diffusion 3 reads, and the pooled ones."""
+
+    outputs: tuple[str, ...] = ("hidden_states", "pooled")
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        output = self.module(input_ids, output_hidden_states=True)
+        return output.hidden_states[-2], output.text_embeds
+
+
+class _PooledClip(_Clip):
+    """The pooled state without a projection, all that FLUX.1 reads of CLIP."""
+
+    outputs = ("pooled",)
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.module(input_ids).pooler_output,)
+
+
+class _T5(_Clip):
+    outputs = ("hidden_states",)
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.module(input_ids).last_hidden_state,)
+
+
+_ENCODERS: dict[str, type[_Clip]] = {
+    "CLIPTextModelWithProjection": _Clip,
+    "CLIPTextModel": _PooledClip,
+    "T5EncoderModel": _T5,
+}
+
+
+class _Decoder(nn.Module):
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, latents: torch.Tensor) -> Any:
+        return self.module.decode(latents, return_dict=False)[0]
+
+
+def lower_text_encoder(encoder: nn.Module, weights: Mapping[str, torch.Tensor]) -> ir.Model:
+    """Lower a text encoder; batch and length stay free.
+
+    Args:
+        encoder: It may lie on the meta device.
+        weights: Its tensors, each asked for when it is written.
+
+    Raises:
+        ExportError: The encoder is of another class.
+    """
+    copied, fake = without_weights(encoder, torch.float32)
+    wrapper = _wrapped(copied)
+    with fake:
+        inputs = {"input_ids": torch.zeros(2, 7, dtype=torch.int64)}
+    shapes = ({0: Dim("batch"), 1: Dim("length")},)
+    model = trace(wrapper, fake, inputs, list(wrapper.outputs), shapes)
+    return bind(model, weights, encoder.named_buffers())
+
+
+def lower_vae_decoder(vae: nn.Module, weights: Mapping[str, torch.Tensor]) -> ir.Model:
+    """Lower the decoder half of the autoencoder; batch, height and width stay free.
+
+    Args:
+        vae: It may lie on the meta device.
+        weights: Its tensors, each asked for when it is written.
+
+    Raises:
+        ExportError: The autoencoder is of another class.
+    """
+    _require(vae, ["AutoencoderKL"])
+    copied, fake = without_weights(vae, torch.float32)
+    with fake:
+        inputs = {"latents": torch.empty(2, copied.config.latent_channels, 4, 6)}
+    shapes = ({0: Dim("batch"), 2: Dim("height"), 3: Dim("width")},)
+    model = trace(_Decoder(copied), fake, inputs, ["image"], shapes)
+    return bind(model, weights, vae.named_buffers())
+
+
+def text_encoder_cases(encoder: Any, lengths: tuple[int, int], *, seed: int = 0) -> list[Case]:
+    """Draw prompts whose end token stands at another place in each row: CLIP's pooled output hangs on it."""
+    wrapper, generator = _wrapped(encoder), torch.Generator().manual_seed(seed)
+    cases = []
+    for length, batch in product(sorted(set(lengths)), _BATCHES):
+        ids = torch.randint(0, encoder.config.vocab_size, (batch, length), generator=generator)
+        for row in range(batch):
+            ids[row, length - 1 - row % length :] = encoder.config.eos_token_id
+        with torch.no_grad():
+            outputs = dict(zip(wrapper.outputs, wrapper(ids), strict=True))
+        cases.append(case_of({"batch": batch, "length": length}, {"input_ids": ids}, outputs))
+    return cases
+
+
+def decoder_cases(vae: Any, *, seed: int = 0) -> list[Case]:
+    """Draw latents of two sizes, one of them not square, in two batches."""
+    generator = torch.Generator().manual_seed(seed)
+    cases = []
+    for (height, width), batch in product(((4, 4), (3, 6)), _BATCHES):
+        latents = torch.randn(batch, vae.config.latent_channels, height, width, generator=generator)
+        with torch.no_grad():
+            image = vae.decode(latents, return_dict=False)[0]
+        shape = {"batch": batch, "height": height, "width": width}
+        cases.append(case_of(shape, {"latents": latents}, {"image": image}))
+    return cases
+
+
+def is_t5(encoder: nn.Module) -> bool:
+    """Whether it is the encoder that is larger than all others together."""
+    return _kind(encoder) is _T5
+
+
+def encoder_bits(encoder: nn.Module, bits: Bits) -> BitsOf:
+    """How a text encoder is stored beside a transformer in some bits.
+
+    T5 holds as many weights as a transformer, so its linears are rounded as those are; the ones at the end
+    of its feed-forwards, whose inputs are the largest by far, to no less than 8 bits. CLIP is small,
+    published in 16 bits, and stays so.
+    """
+    plain: Bits = 32 if bits == 32 else 16
+
+    def bits_of(name: str) -> tuple[Bits, str]:
+        if not is_t5(encoder) or not _T5_LINEAR.fullmatch(name):
+            return plain, "only the linears of T5's blocks are quantised"
+        if _T5_OUT.fullmatch(name) and bits < 8:
+            return 8, ""
+        return bits, f"{bits} bits were asked for"
+
+    return bits_of
+
+
+def _wrapped(encoder: nn.Module) -> _Clip:
+    return _kind(encoder)(encoder).eval()
+
+
+def _kind(encoder: nn.Module) -> type[_Clip]:
+    return _ENCODERS[_require(encoder, list(_ENCODERS))]
+
+
+def _require(module: nn.Module, supported: list[str]) -> str:
+    # By name, so that a class is told apart without importing the libraries of all others.
+    for kind in type(module).__mro__:
+        if kind.__name__ in supported:
+            return kind.__name__
+    raise ExportError(f"A {type(module).__name__} cannot be exported; supported: {', '.join(supported)}.")
