@@ -158,7 +158,7 @@ def _drop(*keys: Any) -> Callable[[dict[str, Any]], None]:
         (_set("defaults", "width", to="64"), r"defaults\.width must be of type int, not '64' \(str\)"),
         (_set("defaults", "width", to=64.0), r"defaults\.width must be of type int, not 64\.0 \(float\)"),
         (_set("scheduler", "shift", to=True), r"scheduler\.shift must be of type float, not True \(bool\)"),
-        (_set("architecture", "family", to="sdxl"), r"architecture\.family must be 'sd3' or 'flux', not 'sdxl'"),
+        (_set("architecture", "family", to="sdxl"), r"family must be 'sd3' or 'flux', not 'sdxl'"),
         (
             _set("graphs", "transformer", 0, "weights", to="int3"),
             r"graphs\['transformer'\]\[0\]\.weights must be",

@@ -15,9 +15,12 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from toolchain.errors import ToolchainError
 from toolchain.families import GenerationDefaults, Model, open_model
+from toolchain.families.names import stored_names
+from toolchain.families.stored import StoredTensors
 from toolchain.families.view import save_model
 from toolchain.trajectories import States, sample_states
 
@@ -336,3 +339,50 @@ def test_a_tied_weight_is_not_missed_but_one_of_t5_is(tiny_sd35_path: Path, tmp_
     rewrite(weights, lambda tensors: tensors.pop("encoder.final_layer_norm.weight"))
     with pytest.raises(ToolchainError, match=r"lacks weights of its text_encoder_3: encoder\.final_layer"):
         open_model(str(path))
+
+
+def test_tensors_are_found_under_the_names_that_published_files_have(tmp_path: Path) -> None:
+    config = CLIPTextConfig(
+        vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1
+    )
+    clip = CLIPTextModel(config)
+    t5 = T5EncoderModel(T5Config(vocab_size=8, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1))
+    table = torch.arange(config.max_position_embeddings)[None]
+    published = {f"text_model.{name}": tensor for name, tensor in clip.state_dict().items()}
+    save_file(published | {"text_model.embeddings.position_ids": table}, tmp_path / "model.safetensors")
+    found = StoredTensors("clip", tmp_path, clip, stored_names(clip))
+    for name, tensor in clip.state_dict().items():
+        assert torch.equal(found[name], tensor)
+    once = {name: tensor for name, tensor in t5.state_dict().items() if name != "encoder.embed_tokens.weight"}
+    save_file(once, tmp_path / "model.safetensors")
+    found = StoredTensors("t5", tmp_path, t5, stored_names(t5))
+    assert torch.equal(found["encoder.embed_tokens.weight"], once["shared.weight"])
+    del once["encoder.final_layer_norm.weight"]
+    save_file(once, tmp_path / "model.safetensors")
+    with pytest.raises(ToolchainError, match=r"lacks weights of its .*: encoder\.final_layer_norm\.weight"):
+        StoredTensors("t5", tmp_path, t5, stored_names(t5))
+
+
+def test_a_truncated_shard_and_another_models_tensor_are_refused(tiny_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(tiny_path, path)
+    weights = next((path / "transformer").glob("*.safetensors"))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(ToolchainError, match=r"cannot be read: .*save .* again"):
+        open_model(str(path), precision="none")
+    weights.write_bytes(whole)
+    config = json.loads((path / "transformer" / "config.json").read_text())
+    config["joint_attention_dim"] += 1
+    (path / "transformer" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ToolchainError, match=r"context_embedder.weight of its transformer as \["):
+        open_model(str(path), precision="none")
+
+
+def test_a_model_without_its_weights_has_them_all_on_disk(tiny_path: Path) -> None:
+    whole, empty = open_model(str(tiny_path)), open_model(str(tiny_path), precision="none")
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        assert {item.device.type for item in getattr(empty.pipeline, part).parameters()} == {"meta"}
+        read, held = empty.weights(part), whole.weights(part)
+        assert read.keys() == held.keys()
+        assert all(torch.equal(read[name].float(), held[name].float()) for name in held)
