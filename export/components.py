@@ -28,6 +28,7 @@ from export.encoders import (
     lower_vae_decoder,
     text_encoder_cases,
 )
+from export.lint import lint_graphs
 from export.lower import Activations
 from export.parity import ParityRow, check_graph
 from export.passes import QuantizeWeights, StoreWeights, parameters
@@ -134,6 +135,7 @@ def export_transformer(model: Model, precision: Precision, bar: Bar, directory: 
         graphs.append(
             CheckedGraph(name=f"transformer/{name}", lowered=each, activations=activations, weights=kind)
         )
+    lint_graphs([directory / name for name, _ in kinds], _bits_stored(stored.report))
     rows, blocks = check_transformer(
         mmdit,
         weights,
@@ -229,6 +231,7 @@ def _export_plain(
         )
     _save(graph, stored, directory / GRAPH)
     path = f"{name}/{GRAPH}"
+    lint_graphs([directory / GRAPH], _bits_stored(stored.report))
     rows = check_graph(directory / GRAPH, cases, stage=name, graph=path, weights=kind)
     return Component(
         graphs=[format.Graph(path=path, activations="float32", weights=kind)],
@@ -270,6 +273,11 @@ def _bits_of_transformer(mmdit: MMDiT, precision: Precision) -> BitsOf:
         return bits[name], f"{bits[name]} bits were asked for"
 
     return bits_of
+
+
+def _bits_stored(report: QuantReport) -> dict[str, int]:
+    """Of the weights in few bits, by name."""
+    return {item.name: item.bits for item in report.quantized}
 
 
 def _save(graph: ir.Model, stored: StoredWeights, path: Path) -> None:

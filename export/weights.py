@@ -7,11 +7,11 @@ from types import TracebackType
 
 import onnx_ir as ir
 
-__all__ = ["WEIGHTS", "WeightFile"]
+__all__ = ["ALIGNMENT", "WEIGHTS", "WeightFile"]
 
 WEIGHTS = "weights.data"
 
-_ALIGNMENT = 64  # a cache line, and what vector loads from a mapped file ask for
+ALIGNMENT = 64  # a cache line, and what vector loads from a mapped file ask for
 
 
 class WeightFile:
@@ -35,7 +35,7 @@ class WeightFile:
     def store(self, name: str, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
         """Append a tensor and return where it lies; it can be read once the file is closed."""
         data = tensor.tobytes()
-        offset = -(-self._stream.tell() // _ALIGNMENT) * _ALIGNMENT
+        offset = -(-self._stream.tell() // ALIGNMENT) * ALIGNMENT
         self._stream.write(b"\0" * (offset - self._stream.tell()))
         self._stream.write(data)
         assert isinstance(tensor.shape, ir.Shape)
