@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 
 from deploy.bundle import Bundle, Variant, open_bundle
 from deploy.errors import DeployError, extra
+from deploy.memory import Keep, available_bytes, choose_keep
 from deploy.sampler import euler_step, sigmas
 from deploy.session import EngineSession, Session, choose_variant, open_variant
 
@@ -28,6 +29,9 @@ __all__ = ["EdgePipeline", "Result", "Timings", "save_png"]
 Floats = NDArray[np.float32]
 
 logger = logging.getLogger(__name__)
+
+_KEPT_PROMPTS = 8
+"""Prompts whose text states stay in memory between calls: those of FLUX.1 take 8 MB each."""
 
 
 class Timings(TypedDict):
@@ -57,19 +61,28 @@ class Result:
 
 
 class EdgePipeline:
-    """A bundle ready to make pictures. Parts are loaded when first used, and stay."""
+    """A bundle ready to make pictures. Parts are loaded when first used, and stay where memory allows it."""
 
     def __init__(
-        self, bundle: Bundle, variant: Variant, *, reasons: Sequence[str] = (), threads: int | None = None
+        self,
+        bundle: Bundle,
+        variant: Variant,
+        *,
+        reasons: Sequence[str] = (),
+        threads: int | None = None,
+        keep: Keep = "all",
     ) -> None:
         """Take a bundle that is open and the variant of its transformer to run; see `open`."""
         self.bundle = bundle
         self.variant = variant
         self.reasons = list(reasons)
         """Why this variant, one line for each that was looked at."""
+        self.keep = keep
+        """Which parts stay loaded: all, or the one that ran last."""
         self._threads = threads
         self._sessions: dict[str, Session | EngineSession] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
+        self._texts: dict[str, tuple[Floats, Floats]] = {}
         self._load_ms = 0.0
 
     @classmethod
@@ -79,6 +92,7 @@ class EdgePipeline:
         target: str | None = None,
         threads: int | None = None,
         verify: bool = True,
+        keep: Keep | None = None,
     ) -> EdgePipeline:
         """Open a bundle directory for this machine.
 
@@ -86,6 +100,9 @@ class EdgePipeline:
             target: Variant to run, by the name of its device profile; None takes the best that runs here.
             threads: Of onnxruntime; None takes one for every core.
             verify: Whether to check the digest of every file before it is used.
+            keep: "all" keeps parts loaded; "one" drops each before the next is loaded, so that memory is that
+                of the largest and every call loads them again. None keeps all where they fit into the
+                memory that is available now.
 
         Raises:
             DeployError: The bundle is damaged, or has no such variant, or it cannot run here.
@@ -94,9 +111,12 @@ class EdgePipeline:
             raise DeployError(f"A session takes one thread at least, not {threads}.")
         bundle = open_bundle(path, verify=verify)
         variant, reasons = choose_variant(bundle, target)
+        if keep is None:
+            keep, reason = choose_keep(bundle, variant, available_bytes())
+            reasons.append(reason)
         for reason in reasons:
             logger.info("%s", reason)
-        return cls(bundle, variant, reasons=reasons, threads=threads)
+        return cls(bundle, variant, reasons=reasons, threads=threads, keep=keep)
 
     def __call__(
         self,
@@ -211,6 +231,20 @@ class EdgePipeline:
         return np.stack([np.asarray(image) for image in images])
 
     def _encode(self, prompts: list[str]) -> tuple[Floats, Floats]:
+        """Return hidden states [B, T, D] and pooled projections [B, P], known ones without encoding."""
+        if unknown := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]:
+            hidden, pooled = self._encode_together(unknown)
+            for index, prompt in enumerate(unknown):
+                # A copy: a row of the batch would keep all of it.
+                self._texts[prompt] = hidden[index].copy(), pooled[index].copy()
+        for prompt in prompts:
+            self._texts[prompt] = self._texts.pop(prompt)  # the last used stand last
+        states = [self._texts[prompt] for prompt in prompts]
+        for prompt in list(self._texts)[:-_KEPT_PROMPTS]:
+            del self._texts[prompt]
+        return np.stack([hidden for hidden, _ in states]), np.stack([pooled for _, pooled in states])
+
+    def _encode_together(self, prompts: list[str]) -> tuple[Floats, Floats]:
         """Return hidden states [B, T, D] and pooled projections [B, P] of all encoders together."""
         if self.bundle.manifest.architecture.family == "flux":
             pooled = self._encoded("", prompts)["pooled"]
@@ -231,8 +265,14 @@ class EdgePipeline:
         return hidden, pooled
 
     def _encoded(self, suffix: str, prompts: list[str]) -> dict[str, Floats]:
-        """What one text encoder says."""
-        return self._run(f"text_encoder{suffix}", input_ids=self._tokens(f"tokenizer{suffix}", prompts))
+        """Return what one text encoder says of each prompt, whatever the others are.
+
+        They are run one by one: in a batch the last place of a number depends on the batch's size, and then a
+        picture would depend on which calls came before.
+        """
+        tokens = self._tokens(f"tokenizer{suffix}", prompts)
+        rows = [self._run(f"text_encoder{suffix}", input_ids=row[None]) for row in tokens]
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
     def _tokens(self, name: str, prompts: list[str]) -> NDArray[np.int64]:
         """Return token ids [B, max_length]; a prompt that is too long is cut, its end token kept."""
@@ -305,6 +345,9 @@ class EdgePipeline:
     def _session(self, component: str) -> Session | EngineSession:
         if component not in self._sessions:
             start = time.perf_counter()
+            if self.keep == "one":
+                while self._sessions:
+                    self._sessions.popitem()[1].close()
             if component == "transformer":
                 session = open_variant(self.bundle, self.variant, threads=self._threads)
             else:

@@ -92,6 +92,10 @@ class Session:
             raise DeployError(f"{self.path} did not run on {_shapes(feeds)}: {_first_line(error)}") from error
         return dict(zip(self._outputs, outputs, strict=True))
 
+    def close(self) -> None:
+        """Give the memory back; the session cannot run any more."""
+        del self._session
+
 
 class EngineSession:
     """A TensorRT-RTX engine, driven through Polygraphy's runner.
@@ -140,6 +144,10 @@ class EngineSession:
             ) from error
         # The runner's buffers are overwritten by the next call.
         return {name: np.array(array) for name, array in outputs.items()}
+
+    def close(self) -> None:
+        """Give the GPU's memory back, as `Session.close`."""
+        self._runner.deactivate()
 
 
 def open_variant(bundle: Bundle, variant: Variant, *, threads: int | None = None) -> Session | EngineSession:

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -144,6 +146,92 @@ def test_timings_add_up(pipe: EdgePipeline) -> None:
     assert json.loads(json.dumps(first)) == first
 
 
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Components in the order they are loaded and dropped, those dropped with a minus."""
+    events: list[str] = []
+
+    class Spy(Session):
+        def __init__(self, path: Path, **options: Any) -> None:
+            super().__init__(path, **options)
+            events.append(self.path.parent.name)
+
+        def close(self) -> None:
+            super().close()
+            events.append(f"-{self.path.parent.name}")
+
+    monkeypatch.setattr(pipeline, "Session", Spy)
+    monkeypatch.setattr(
+        pipeline, "open_variant", lambda bundle, variant, **options: Spy(bundle.file(variant.path))
+    )
+    return events
+
+
+def test_parts_are_dropped_before_the_next_is_loaded_to_save_memory(
+    make_bundle: MakeBundle, opened: list[str]
+) -> None:
+    path = make_bundle()
+    sparing = EdgePipeline.open(path, target="cpu-x86", threads=1, keep="one")
+    first = sparing("a star", steps=2)
+    order = ["text_encoder", "text_encoder_2", "transformer", "vae_decoder"]
+    expected = [order[0]]
+    for before, name in pairwise(order):
+        expected += [f"-{before}", name]
+    assert opened == expected
+    assert first.timings_ms["load"] > 0
+    opened.clear()
+    again = sparing("a star", steps=2)
+    assert opened == ["-vae_decoder", "transformer", "-transformer", "vae_decoder"]  # the text is known
+    opened.clear()
+    keeping = EdgePipeline.open(path, target="cpu-x86", threads=1, keep="all")
+    assert (pictures(keeping("a star", steps=2)) == pictures(first)).all()
+    assert (pictures(keeping("a star", steps=2)) == pictures(again)).all()
+    assert opened == order
+
+
+@pytest.mark.parametrize(("available", "keep"), [(1, "one"), (10**9, "all"), (None, "all")])
+def test_parts_stay_where_memory_allows_it(
+    make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, available: int | None, keep: str
+) -> None:
+    monkeypatch.setattr(pipeline, "available_bytes", lambda: available)
+    path = make_bundle()
+    chosen = EdgePipeline.open(path, target="cpu-x86")
+    assert chosen.keep == keep
+    assert "loaded" in chosen.reasons[-1]
+    assert EdgePipeline.open(path, target="cpu-x86", keep="all").keep == "all"
+
+
+def test_known_prompts_are_not_encoded_again(pipe: EdgePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[list[str]] = []
+    encode = pipe._encode_together
+
+    def spy(prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        encoded.append(prompts)
+        return encode(prompts)
+
+    monkeypatch.setattr(pipe, "_encode_together", spy)
+    pipe(["a star", "a star"], steps=1)
+    assert encoded == [["", "a star"]]
+    pipe("a red circle", steps=1)
+    assert encoded[1:] == [["a red circle"]]
+    hidden, pooled = pipe._encode(["a star", "", "a red circle"])
+    assert len(encoded) == 2
+    for index, prompt in enumerate(["a star", "", "a red circle"]):
+        alone_hidden, alone_pooled = encode([prompt])
+        assert (hidden[index] == alone_hidden[0]).all()
+        assert (pooled[index] == alone_pooled[0]).all()
+
+
+def test_text_of_the_last_prompts_is_kept_and_no_more(pipe: EdgePipeline) -> None:
+    prompts = [f"a star {number}" for number in range(10)]
+    hidden, _ = pipe._encode(prompts)
+    assert len(hidden) == 10
+    assert list(pipe._texts) == prompts[2:]
+    pipe._encode([prompts[2]])
+    pipe._encode(["a circle"])
+    assert list(pipe._texts) == [*prompts[4:], prompts[2], "a circle"]
+
+
 def test_picture_need_not_be_square(pipe: EdgePipeline) -> None:
     assert pipe("a star", steps=1, height=32, width=128).images[0].size == (128, 32)
 
@@ -256,7 +344,7 @@ def test_damaged_bundle_does_not_open(make_bundle: MakeBundle) -> None:
 
 def test_reasons_for_the_variant_are_kept(make_bundle: MakeBundle) -> None:
     pipe = EdgePipeline.open(make_bundle(), threads=1)
-    assert pipe.reasons[-1].startswith(f"{pipe.variant.target}: runs here on")
+    assert pipe.reasons[-2].startswith(f"{pipe.variant.target}: runs here on")
 
 
 def test_no_threads_are_refused_at_once(make_bundle: MakeBundle) -> None:

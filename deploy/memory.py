@@ -1,0 +1,75 @@
+"""How much memory this machine has to give, and whether all parts of a bundle fit into it together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from deploy.bundle import Bundle, Variant
+
+__all__ = ["Keep", "available_bytes", "choose_keep", "loaded_bytes"]
+
+Keep = Literal["all", "one"]
+"""Which parts stay loaded: all of them, or the one that runs."""
+
+_BYTES_PER_FILE_BYTE = 2
+"""Weights stored in float16 are float32 once they are loaded; of others, half is left to compute in."""
+
+_CGROUPS = (
+    # Of a limit, of what counts towards it, and of files among that, which the system drops when it has to.
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def choose_keep(bundle: Bundle, variant: Variant, available: int | None) -> tuple[Keep, str]:
+    """Choose which parts stay loaded, and say why.
+
+    Args:
+        available: Bytes of memory; None, where the system does not say, keeps all.
+    """
+    if available is None:
+        return "all", "all parts stay loaded: the system does not say how much memory it has"
+    needed = _BYTES_PER_FILE_BYTE * loaded_bytes(bundle, variant)
+    keep: Keep = "all" if needed <= available else "one"
+    what = "all parts stay loaded" if keep == "all" else "parts are loaded one at a time"
+    return keep, f"{what}: together they take {_gb(needed)}, and {_gb(available)} of memory are available"
+
+
+def loaded_bytes(bundle: Bundle, variant: Variant) -> int:
+    """Return the bytes of the files that are read into the machine's memory, weights and graphs."""
+    # The weights lie beside the graph, in one file for all graphs of a component.
+    paths = [graphs[0].path for name, graphs in bundle.manifest.graphs.items() if name != "transformer"]
+    if variant.runtime == "onnxruntime":  # an engine's weights go to the GPU's own memory
+        paths.append(variant.path)
+    directories = {path.rpartition("/")[0] for path in paths}
+    files = bundle.manifest.files.items()
+    return sum(file.bytes for path, file in files if path.rpartition("/")[0] in directories)
+
+
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Return the bytes of memory that a process may still take here; None where the system does not say.
+
+    Args:
+        root: Directory that `proc` and `sys` lie in.
+    """
+    try:
+        sizes = [1024 * _fields(root / "proc/meminfo")["MemAvailable:"]]
+    except (OSError, KeyError, ValueError):
+        return None
+    for limit, usage, cache in _CGROUPS:
+        cgroup = root / "sys/fs/cgroup"
+        try:  # a container's own limits; outside of one there are none, or they say "max"
+            unused = int((cgroup / limit).read_text()) - int((cgroup / usage).read_text())
+            sizes.append(unused + _fields((cgroup / limit).with_name("memory.stat"))[cache])
+        except (OSError, KeyError, ValueError):
+            continue
+    return max(0, min(sizes))
+
+
+def _fields(path: Path) -> dict[str, int]:
+    return {name: int(value) for name, value, *_ in map(str.split, path.read_text().splitlines())}
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

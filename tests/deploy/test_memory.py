@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deploy.bundle import Bundle, open_bundle
+from deploy.memory import available_bytes, choose_keep, loaded_bytes
+
+MakeBundle = Callable[..., Path]
+
+
+@pytest.fixture
+def bundle(make_bundle: MakeBundle) -> Bundle:
+    def add_weights(path: Path) -> None:
+        (path / "transformer" / "weights.bin").write_bytes(bytes(7000))
+
+    return open_bundle(make_bundle(add_weights))
+
+
+def test_weights_beside_the_graphs_count_and_tokenizers_do_not(bundle: Bundle) -> None:
+    components = ("transformer", "text_encoder", "text_encoder_2", "vae_decoder")
+    files = [file for name in components for file in (bundle.path / name).iterdir()]
+    engine, cpu = bundle.manifest.variants
+    assert loaded_bytes(bundle, cpu) == sum(file.stat().st_size for file in files)
+    transformer = sum(file.stat().st_size for file in files if file.parent.name == "transformer")
+    assert loaded_bytes(bundle, engine) == loaded_bytes(bundle, cpu) - transformer
+
+
+def test_parts_stay_while_twice_their_files_fit(bundle: Bundle) -> None:
+    cpu = bundle.manifest.variants[1]
+    needed = 2 * loaded_bytes(bundle, cpu)
+    assert choose_keep(bundle, cpu, needed)[0] == "all"
+    assert choose_keep(bundle, cpu, needed - 1)[0] == "one"
+    assert choose_keep(bundle, cpu, None)[0] == "all"
+
+
+def test_reason_names_both_sizes(bundle: Bundle) -> None:
+    cpu = bundle.manifest.variants[1]
+    weights = bundle.manifest.files["transformer/weights.bin"]
+    files = bundle.manifest.files | {"transformer/weights.bin": replace(weights, bytes=4_000_000_000)}
+    large = Bundle(bundle.path, replace(bundle.manifest, files=files))
+    assert choose_keep(large, cpu, 6_000_000_000) == (
+        "one",
+        "parts are loaded one at a time: together they take 8.0 GB, and 6.0 GB of memory are available",
+    )
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 4000 kB\nHugePages_Total: 0\n"}
+V2 = {
+    "sys/fs/cgroup/memory.current": "900000\n",
+    "sys/fs/cgroup/memory.stat": "anon 5\ninactive_file 100000\n",
+}
+V1 = {
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": "1000000\n",
+    "sys/fs/cgroup/memory/memory.usage_in_bytes": "900000\n",
+    "sys/fs/cgroup/memory/memory.stat": "cache 5\ntotal_inactive_file 300000\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, None),
+        (MEMINFO, 4_096_000),
+        (MEMINFO | V2 | {"sys/fs/cgroup/memory.max": "max\n"}, 4_096_000),
+        (MEMINFO | V2 | {"sys/fs/cgroup/memory.max": "1000000\n"}, 200_000),
+        (MEMINFO | V2 | {"sys/fs/cgroup/memory.max": "9000000\n"}, 4_096_000),
+        (MEMINFO | V2 | {"sys/fs/cgroup/memory.max": "700000\n"}, 0),
+        (MEMINFO | V1, 400_000),
+    ],
+    ids=["silent", "no container", "unlimited", "limited", "limit above", "over the limit", "version 1"],
+)
+def test_memory_is_what_the_system_and_its_container_leave(
+    tmp_path: Path, files: dict[str, str], available: int | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_bytes(tmp_path) == available
