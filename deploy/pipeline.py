@@ -17,6 +17,7 @@ from deploy.errors import DeployError, extra
 from deploy.memory import Keep, available_bytes, choose_keep
 from deploy.sampler import euler_step, sigmas
 from deploy.session import EngineSession, Session, choose_variant, open_variant
+from deploy.tiles import TILE, decode_tiled
 
 with extra("edge"):
     import numpy as np
@@ -327,7 +328,7 @@ class EdgePipeline:
         scaled = state / architecture.scaling_factor + architecture.shift_factor
         pictures = []
         for index in range(len(scaled)):  # one by one: the decoder is where memory peaks
-            image = self._run("vae_decoder", latents=scaled[index : index + 1])["image"][0]
+            image = self._image(scaled[index])
             if not np.isfinite(image).all():
                 raise DeployError(
                     f"The decoder gave values that are not finite for picture {index + 1}, so it is no "
@@ -337,6 +338,17 @@ class EdgePipeline:
             picture = (unit * 255).round().astype(np.uint8)
             pictures.append(picture)
         return np.stack(pictures)
+
+    def _image(self, scaled: Floats) -> Floats:
+        """Return the picture [3, height, width], -1..1, of latents [C, H, W]; large ones go in tiles."""
+
+        def decode(tile: Floats) -> Floats:
+            image: Floats = self._run("vae_decoder", latents=tile[None])["image"][0]
+            return image
+
+        if max(scaled.shape[1:]) <= TILE:
+            return decode(scaled)
+        return decode_tiled(decode, scaled, self.bundle.manifest.architecture.vae_scale_factor)
 
     def _run(self, component: str, **inputs: NDArray[Any]) -> dict[str, Floats]:
         outputs = self._session(component).run(inputs)

@@ -18,6 +18,8 @@ from onnx import numpy_helper
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from deploy import pipeline
+from deploy.bundle import MANIFEST, manifest_to_json, open_bundle
 from deploy.errors import DeployError
 from deploy.pipeline import EdgePipeline, Result, save_png
 from deploy.session import Session
@@ -28,6 +30,11 @@ MakeBundle = Callable[..., Path]
 @pytest.fixture
 def pipe(make_bundle: MakeBundle) -> EdgePipeline:
     return EdgePipeline.open(make_bundle(), target="cpu-x86", threads=1)
+
+
+def change_manifest(path: Path, **changes: object) -> None:
+    manifest = dataclasses.replace(open_bundle(path).manifest, **changes)  # type: ignore[arg-type]
+    (path / MANIFEST).write_text(json.dumps(manifest_to_json(manifest)))
 
 
 def pictures(result: Result) -> np.ndarray:
@@ -234,6 +241,34 @@ def test_text_of_the_last_prompts_is_kept_and_no_more(pipe: EdgePipeline) -> Non
 
 def test_picture_need_not_be_square(pipe: EdgePipeline) -> None:
     assert pipe("a star", steps=1, height=32, width=128).images[0].size == (128, 32)
+
+
+def test_large_pictures_are_decoded_in_tiles(
+    make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = open_bundle(path := make_bundle()).manifest
+    large = dataclasses.replace(manifest.architecture, max_latent_size=160)
+    change_manifest(path, architecture=large)
+    pipe = EdgePipeline.open(path, target="cpu-x86", threads=1)
+    decoded: list[tuple[int, ...]] = []
+    run = pipe._run
+
+    def spy(component: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        if component == "vae_decoder":
+            decoded.append(inputs["latents"].shape)
+        return run(component, **inputs)
+
+    monkeypatch.setattr(pipe, "_run", spy)
+    pipe("a star", steps=1, height=1024, width=1024)
+    assert decoded == [(1, 4, 128, 128)]
+    decoded.clear()
+    tiled = pictures(pipe("a star", steps=1, height=64, width=1280))
+    assert decoded == [(1, 4, 8, 128)] * 2
+    monkeypatch.setattr(
+        pipeline, "TILE", 160
+    )  # the decoder sees one latent for a pixel, so tiles change nothing
+    whole = pictures(pipe("a star", steps=1, height=64, width=1280))
+    assert np.abs(tiled.astype(int) - whole).max() <= 1
 
 
 @pytest.mark.parametrize(
