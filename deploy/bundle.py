@@ -45,6 +45,8 @@ ENCODERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "sd3": (("text_encoder", "text_encoder_2"), ("text_encoder_3",)),
     "flux": (("text_encoder", "text_encoder_2"), ()),
 }
+# The other tokenizers of a family are CLIP's.
+T5_TOKENIZERS = {"sd3": "tokenizer_3", "flux": "tokenizer_2"}
 
 _DAMAGED = "Copy the bundle again, or export it again."
 
@@ -117,7 +119,7 @@ class Defaults:
     num_inference_steps: int
     guidance_scale: float
     max_sequence_length: int
-    """Zero tokens that stand for the third text encoder, which a bundle does not hold."""
+    """T5 tokens of a prompt, or the zero tokens that stand for them where a bundle does not hold T5."""
     height: int
     width: int
 
@@ -297,12 +299,8 @@ def _fault(manifest: Manifest) -> str | None:
     scheduler = manifest.scheduler
     if scheduler.use_dynamic_shifting and scheduler.max_image_seq_len <= scheduler.base_image_seq_len:
         return "scheduler.max_image_seq_len must be above its base_image_seq_len"
-    lengths = {name: tokenizer.max_length for name, tokenizer in manifest.tokenizers.items()}
-    if min(lengths.values()) < 2:
-        return "the tokenizers need a max_length of two tokens at least"
-    # Their states stand side by side, token by token.
-    if manifest.architecture.family == "sd3" and lengths["tokenizer"] != lengths["tokenizer_2"]:
-        return "the tokenizers of both CLIP encoders need one max_length"
+    if fault := _family_fault(manifest):
+        return fault
     if not manifest.variants:
         return "there are no variants to run"
     targets = [variant.target for variant in manifest.variants]
@@ -320,6 +318,26 @@ def _fault(manifest: Manifest) -> str | None:
             least = 0 if name == "max_sequence_length" else 1
             if type(value) is int and value < least:
                 return f"{type(part).__name__.lower()}.{name} must be {least} at least"
+    return None
+
+
+def _family_fault(manifest: Manifest) -> str | None:
+    """Return what does not suit the family: lengths of prompts, and ways to guide."""
+    lengths = {name: tokenizer.max_length for name, tokenizer in manifest.tokenizers.items()}
+    architecture, num_tokens = manifest.architecture, manifest.defaults.max_sequence_length
+    t5 = T5_TOKENIZERS[architecture.family]
+    if (length := lengths.pop(t5, None)) is not None and not 1 <= length == num_tokens:
+        return (
+            f"the max_length of {t5}, which is T5's, is {length}; it must be that of "
+            f"defaults.max_sequence_length, {num_tokens}, and 1 at least"
+        )
+    # The states of both CLIP encoders stand side by side, token by token.
+    if len(set(lengths.values())) > 1 or min(lengths.values()) < 2:
+        return "the tokenizers of the CLIP encoders need one max_length, of two tokens at least"
+    if architecture.family == "sd3" and architecture.guidance_embeds:
+        return "architecture.guidance_embeds is true, and no transformer of sd3 is told the guidance scale"
+    if architecture.family == "flux" and architecture.classifier_free:
+        return "architecture.classifier_free is true, and flux makes no second pass"
     return None
 
 

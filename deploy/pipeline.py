@@ -137,8 +137,9 @@ class EdgePipeline:
         """Make `num_images` pictures of each prompt. What is left out comes from the bundle's defaults.
 
         Args:
-            negative_prompt: What to keep away from, for all prompts or one for each; used with guidance only.
-            guidance_scale: 1 or less makes one transformer pass a step instead of two.
+            negative_prompt: What to keep away from, for all prompts or one for each; used with guidance only,
+                and refused by a model that is not guided by it.
+            guidance_scale: 1 or less makes one transformer pass a step instead of two, where there are two.
             height: Of the picture in pixels, as `width`.
             seed: Of the first picture; each next one takes the number after, so that any picture of a call
                 can be made again alone. The noise is numpy's, which is not torch's for the same seed.
@@ -153,6 +154,7 @@ class EdgePipeline:
         start, loaded = time.perf_counter(), self._load_ms
         defaults, architecture = self.bundle.manifest.defaults, self.bundle.manifest.architecture
         steps = defaults.num_inference_steps if steps is None else steps
+        self._check_guidance(negative_prompt, guidance_scale)
         guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         height = defaults.height if height is None else height
         width = defaults.width if width is None else width
@@ -388,6 +390,21 @@ class EdgePipeline:
     def _clock(self) -> float:
         """Return a time in milliseconds that stands still while parts are loaded."""
         return 1000 * time.perf_counter() - self._load_ms
+
+    def _check_guidance(self, negative_prompt: str | Sequence[str], guidance_scale: float | None) -> None:
+        """Refuse what the caller asked for and the model cannot heed."""
+        architecture = self.bundle.manifest.architecture
+        if architecture.classifier_free:
+            return
+        if any(negative_prompt):
+            raise DeployError(
+                "This model makes no second pass, so a negative prompt changes nothing. Leave it out."
+            )
+        if not architecture.guidance_embeds and guidance_scale is not None and guidance_scale > 1:
+            raise DeployError(
+                f"This model was distilled to a fixed guidance, so guidance_scale {guidance_scale} changes "
+                "nothing. Leave it out."
+            )
 
     def _check_size(self, **sizes: int) -> None:
         architecture = self.bundle.manifest.architecture

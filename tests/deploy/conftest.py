@@ -14,7 +14,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from transformers import CLIPTokenizer
+from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import models, pre_tokenizers, processors
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 from deploy.bundle import (
     MANIFEST,
@@ -65,8 +67,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) ->
     """The files that all bundles of the tests share."""
     root = tmp_path_factory.mktemp("parts")
     for name in ("tokenizer", "tokenizer_2"):
-        (root / name).mkdir()
-        tokenizer.backend_tokenizer.save(str(root / name / "tokenizer.json"))
+        _save_tokenizer(root, name, tokenizer)
     for name, width in WIDTHS.items():
         _save(root, name, _text_encoder(len(tokenizer), width))
     _save(root, "transformer", _transformer())
@@ -96,6 +97,64 @@ def make_bundle(parts: Path, tmp_path: Path) -> MakeBundle:
         manifest = replace(_manifest(files), **changes)
         (path / MANIFEST).write_text(json.dumps(manifest_to_json(manifest)))
         return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def t5_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer as T5's: pieces of words, an end token and no start."""
+    words = ["\u2581a", "\u2581red", "\u2581star", "\u2581circle", "s", "\u2581"]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((word, -1.0) for word in words)]
+    backend = BackendTokenizer(models.Unigram(pieces, unk_id=2))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture
+def make_sd3_with_t5(make_bundle: MakeBundle, t5_tokenizer: PreTrainedTokenizerFast) -> MakeBundle:
+    """Write a bundle as `make_bundle` does, with the third text encoder."""
+
+    def make(**changes: Any) -> Path:
+        def edit(path: Path) -> None:
+            _save(path, "text_encoder_3", _text_encoder(len(t5_tokenizer), 10))
+            _save_tokenizer(path, "tokenizer_3", t5_tokenizer)
+
+        usual = _manifest({})
+        t5 = Tokenizer(path="tokenizer_3/tokenizer.json", max_length=7, pad_id=0)
+        graph = Graph(path="text_encoder_3/model.onnx", activations="float32", weights="float32")
+        changes = {
+            "tokenizers": {**usual.tokenizers, "tokenizer_3": t5},
+            "graphs": {**usual.graphs, "text_encoder_3": [graph]},
+        } | changes
+        return make_bundle(edit, **changes)
+
+    return make
+
+
+@pytest.fixture
+def make_flux(make_bundle: MakeBundle, t5_tokenizer: PreTrainedTokenizerFast) -> MakeBundle:
+    """Write a bundle of FLUX.1: T5 is the second text encoder, and the guidance scale may be an input."""
+
+    def make(*, guidance_embeds: bool = True, **changes: Any) -> Path:
+        def edit(path: Path) -> None:
+            _save(path, "text_encoder_2", _text_encoder(len(t5_tokenizer), 10))
+            _save_tokenizer(path, "tokenizer_2", t5_tokenizer)
+            _save(path, "transformer", _transformer(WIDTHS["text_encoder"], guidance=guidance_embeds))
+
+        usual = _manifest({})
+        t5 = Tokenizer(path="tokenizer_2/tokenizer.json", max_length=7, pad_id=0)
+        changes = {
+            "architecture": replace(
+                usual.architecture, family="flux", classifier_free=False, guidance_embeds=guidance_embeds
+            ),
+            "scheduler": replace(usual.scheduler, spacing="unit", use_dynamic_shifting=guidance_embeds),
+            "tokenizers": {**usual.tokenizers, "tokenizer_2": t5},
+        } | changes
+        return make_bundle(edit, **changes)
 
     return make
 
@@ -144,8 +203,13 @@ def _manifest(files: dict[str, File]) -> Manifest:
     )
 
 
+def _save_tokenizer(root: Path, name: str, tokenizer: CLIPTokenizer | PreTrainedTokenizerFast) -> None:
+    (root / name).mkdir(exist_ok=True)
+    tokenizer.backend_tokenizer.save(str(root / name / "tokenizer.json"))
+
+
 def _save(root: Path, name: str, model: onnx.ModelProto) -> None:
-    (root / name).mkdir()
+    (root / name).mkdir(exist_ok=True)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(root / name / "model.onnx"))
 
@@ -188,8 +252,15 @@ def _text_encoder(vocabulary: int, width: int) -> onnx.ModelProto:
     )
 
 
-def _transformer() -> onnx.ModelProto:
-    """velocity = hidden_states * (timestep / 1000 - sum(text) / 30 - sum(pooled) / 10)"""
+def _transformer(pooled_width: int = 8, *, guidance: bool = False) -> onnx.ModelProto:
+    """velocity = hidden_states * (timestep / 1000 - sum(text) / 30 - sum(pooled) / 10 [+ guidance / 30])"""
+    last = "factor"
+    guidance_nodes = [
+        helper.make_node("Div", ["guidance", "thirty"], ["guidance_part"]),
+        helper.make_node("Add", ["factor", "guidance_part"], ["guided_factor"]),
+    ]
+    if guidance:
+        last = "guided_factor"
     return _model(
         [
             helper.make_node("ReduceSum", ["encoder_hidden_states", "all_axes"], ["text"], keepdims=0),
@@ -199,14 +270,16 @@ def _transformer() -> onnx.ModelProto:
             helper.make_node("Div", ["pooled", "ten"], ["pooled_part"]),
             helper.make_node("Sub", ["time", "text_part"], ["without_pooled"]),
             helper.make_node("Sub", ["without_pooled", "pooled_part"], ["factor"]),
-            helper.make_node("Reshape", ["factor", "column"], ["factor_BCHW"]),
+            *(guidance_nodes if guidance else []),
+            helper.make_node("Reshape", [last, "column"], ["factor_BCHW"]),
             helper.make_node("Mul", ["hidden_states", "factor_BCHW"], ["velocity"]),
         ],
         {
             "hidden_states": ["batch", CHANNELS, "height", "width"],
             "timestep": ["batch"],
             "encoder_hidden_states": ["batch", "tokens", 10],
-            "pooled_projections": ["batch", 8],
+            "pooled_projections": ["batch", pooled_width],
+            **({"guidance": ["batch"]} if guidance else {}),
         },
         {"velocity": ["batch", CHANNELS, "height", "width"]},
         {

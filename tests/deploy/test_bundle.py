@@ -179,6 +179,13 @@ def _drop(*keys: Any) -> Callable[[dict[str, Any]], None]:
         (_set("architecture", "patch_size", to=0), r"architecture\.patch_size must be 1 at least"),
         (_set("defaults", "max_sequence_length", to=-1), r"defaults\.max_sequence_length must be 0 at least"),
         (_set("tokenizers", "tokenizer", "max_length", to=8), "CLIP encoders need one max_length"),
+        (_set("architecture", "guidance_embeds", to=True), "no transformer of sd3 is told the guidance"),
+        (_drop("architecture", "classifier_free"), r"missing key 'architecture\.classifier_free'"),
+        (
+            _drop("graphs", "text_encoder_2"),
+            "graphs must be those of transformer, text_encoder, text_encoder_2",
+        ),
+        (_drop("tokenizers", "tokenizer_2"), "tokenizers must be those of tokenizer, tokenizer_2, not of"),
     ],
 )
 def test_manifest_is_read_strictly(
