@@ -52,6 +52,7 @@ _UNSUPPORTED_SCHEDULER_OPTIONS = {
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
+    "use_flow_sigmas": False,
     "stochastic_sampling": False,
     "invert_sigmas": False,
     "shift_terminal": None,

@@ -74,7 +74,7 @@ def test_the_model_is_left_as_it_was(quick: Model, harms: Sequence[Weight]) -> N
     assert harms
     for parameter in quick.pipeline.transformer.parameters():
         assert parameter.grad is None
-        assert parameter.requires_grad
+        assert not parameter.requires_grad
 
 
 def test_states_are_needed(quick: Model, moments: Moments, states: States) -> None:

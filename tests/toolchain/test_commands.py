@@ -73,7 +73,11 @@ def hptool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (("export", "nosuch"), "there is no model 'nosuch'"),
         (("export", "shapes", "--target", "rtx409"), "Did you mean rtx4090?"),
         (("export", "shapes", "--target", "cpu-x86", "--target", "rtx409"), "Did you mean rtx4090?"),
-        (("export", "shapes", "--bits", "5"), "4, 16 or 32"),
+        (("export", "shapes", "--bits", "5"), "4, 8, 16 or 32 bits, not 5"),
+        (("export", "shapes", "--bits", "few"), "--bits is 4, 8, 16, 32 or auto, not 'few'"),
+        (("export", "shapes", "--bits", "auto"), "--bits auto needs --calibration"),
+        (("export", "shapes", "--max-bytes", "9"), "--max-bytes is for --bits auto"),
+        (("export", "shapes", "--without", "t5"), "shapes has no T5"),
         (("export", "shapes", "--output", "full"), "output full is not empty"),
         (("run", "full", "a red circle"), "manifest.json"),
         (("run", "nosuch", "a red circle"), "nosuch"),
@@ -116,7 +120,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
             ("toolchain.compress", "toolchain.evaluate", "toolchain.shapes.detector"),
             "compress",
         ),
-        (("export", "shapes"), "onnx_ir", ("export.bundle",), "export"),
+        (("export", "shapes"), "onnx_ir", ("export.bundle", "export.components"), "export"),
         (("run", "bundle", "a circle"), "onnxruntime", ("deploy.pipeline", "deploy.session"), "edge"),
         (("run", "bundle", "a circle"), "tokenizers", ("deploy.pipeline",), "edge"),
     ],
@@ -382,14 +386,6 @@ def test_a_model_held_in_float16_is_not_trained_in_bfloat16(
     command = ("compress", str(tiny_path), "--remove", "3", "--precision", "stored", "--steps", "3")
     assert hptool(monkeypatch, *command, "--per-task", "0") == 2
     assert "open it in float32" in capsys.readouterr().err
-
-
-def test_a_family_that_is_not_exported_yet_is_refused_by_name(
-    tiny_flux_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert hptool(monkeypatch, "export", str(tiny_flux_path), "--output", "bundle") == 2
-    assert "A FluxPipeline cannot be exported yet" in capsys.readouterr().err
-    assert not Path("bundle").exists()
 
 
 @pytest.mark.parametrize("how", [("--cache-prefix",), ("--turn", "2")])
