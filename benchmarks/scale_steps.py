@@ -82,10 +82,11 @@ def one_step(
 
 
 def _device(bundle: Bundle) -> Any:
+    from deploy.prepared import cache_directory
     from deploy.session import choose_variant, open_variant
 
     variant, _ = choose_variant(bundle, "cpu-x86")
-    return open_variant(bundle, variant).run
+    return open_variant(bundle, variant, cache=cache_directory()).run
 
 
 def _plain(graph: Path) -> Any:

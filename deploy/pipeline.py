@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypedDict
 
 from deploy.bundle import Bundle, Variant, open_bundle
 from deploy.errors import DeployError, extra
 from deploy.memory import Keep, available_bytes, choose_keep
+from deploy.prepared import cache_directory
 from deploy.sampler import euler_step, sigmas
-from deploy.session import EngineSession, Session, choose_variant, open_variant
+from deploy.session import EngineSession, Session, choose_variant, open_graph, open_variant
 from deploy.tiles import TILE, decode_tiled
 
 with extra("edge"):
@@ -72,6 +74,7 @@ class EdgePipeline:
         reasons: Sequence[str] = (),
         threads: int | None = None,
         keep: Keep = "all",
+        cache: Path | None = None,
     ) -> None:
         """Take a bundle that is open and the variant of its transformer to run; see `open`."""
         self.bundle = bundle
@@ -80,7 +83,7 @@ class EdgePipeline:
         """Why this variant, one line for each that was looked at."""
         self.keep = keep
         """Which parts stay loaded: all, or the one that ran last."""
-        self._threads = threads
+        self._threads, self._cache = threads, cache
         self._sessions: dict[str, Session | EngineSession] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
         self._texts: dict[str, tuple[Floats, Floats]] = {}
@@ -94,6 +97,7 @@ class EdgePipeline:
         threads: int | None = None,
         verify: bool = True,
         keep: Keep | None = None,
+        cache: str | PathLike[str] | None = None,
     ) -> EdgePipeline:
         """Open a bundle directory for this machine.
 
@@ -104,6 +108,8 @@ class EdgePipeline:
             keep: "all" keeps parts loaded; "one" drops each before the next is loaded, so that memory is that
                 of the largest and every call loads them again. None keeps all where they fit into the
                 memory that is available now.
+            cache: Directory for large graphs as this processor wants them, which open faster and in less
+                memory from the second time on; None takes `$HPTOOL_CACHE` or the user's own.
 
         Raises:
             DeployError: The bundle is damaged, or has no such variant, or it cannot run here.
@@ -117,7 +123,8 @@ class EdgePipeline:
             reasons.append(reason)
         for reason in reasons:
             logger.info("%s", reason)
-        return cls(bundle, variant, reasons=reasons, threads=threads, keep=keep)
+        kept = cache_directory() if cache is None else Path(cache)
+        return cls(bundle, variant, reasons=reasons, threads=threads, keep=keep, cache=kept)
 
     def __call__(
         self,
@@ -363,11 +370,11 @@ class EdgePipeline:
                 while self._sessions:
                     self._sessions.popitem()[1].close()
             if component == "transformer":
-                session = open_variant(self.bundle, self.variant, threads=self._threads)
+                session = open_variant(self.bundle, self.variant, threads=self._threads, cache=self._cache)
             else:
                 graphs = self.bundle.manifest.graphs[component]
                 graph = next((graph for graph in graphs if graph.activations == "float32"), graphs[0])
-                session = Session(self.bundle.file(graph.path), threads=self._threads)
+                session = open_graph(self.bundle, graph.path, threads=self._threads, cache=self._cache)
             self._sessions[component] = session
             self._load_ms += _milliseconds_since(start)
         return self._sessions[component]

@@ -11,17 +11,31 @@ from typing import Any
 
 from deploy.bundle import Bundle, Variant
 from deploy.errors import DeployError, extra
+from deploy.prepared import MINIMUM_BYTES, WEIGHTS, prepared_graph, processor
 
 with extra("edge"):
     import numpy as np
     import onnxruntime
     from numpy.typing import NDArray
 
-__all__ = ["EngineSession", "Session", "choose_variant", "gpu_compute_capability", "open_variant"]
+__all__ = [
+    "EngineSession",
+    "Session",
+    "choose_variant",
+    "gpu_compute_capability",
+    "open_graph",
+    "open_variant",
+]
 
 Array = NDArray[Any]
 
 CPU = ("CPUExecutionProvider",)
+
+_SAVE_WEIGHTS = {
+    "save_external_prepacked_constant_initializers": "1",
+    "optimized_model_external_initializers_file_name": WEIGHTS,
+    "optimized_model_external_initializers_min_size_in_bytes": "1024",
+}
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
@@ -35,12 +49,17 @@ class Session:
         *,
         providers: tuple[str, ...] = CPU,
         threads: int | None = None,
+        optimize: bool = True,
+        save_optimized: Path | None = None,
     ) -> None:
         """Load a graph, with its external weights from beside it.
 
         Args:
             providers: onnxruntime's execution providers, all of which have to be there.
             threads: Of one operator; None takes one for every core.
+            optimize: Whether to rewrite the graph for the provider; one that was saved so has been.
+            save_optimized: Where to write the rewritten graph, with its weights as they are multiplied with
+                beside it.
 
         Raises:
             DeployError: A provider is not there or did not start, or the graph cannot be loaded.
@@ -61,7 +80,12 @@ class Session:
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         # Blocked int4 weights become one fused operator at this level; below it they would be unpacked at
         # every step.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        levels = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+        if save_optimized is not None:
+            options.optimized_model_filepath = str(save_optimized)
+            for key, value in _SAVE_WEIGHTS.items():
+                options.add_session_config_entry(f"session.{key}", value)
         # What it warns of at load (initialisers nothing uses any more) is nothing a user can act on.
         options.log_severity_level = 3
         try:
@@ -150,10 +174,46 @@ class EngineSession:
         self._runner.deactivate()
 
 
-def open_variant(bundle: Bundle, variant: Variant, *, threads: int | None = None) -> Session | EngineSession:
-    """Open the transformer as the variant runs it."""
-    path = bundle.file(variant.path)
-    return Session(path, threads=threads) if variant.runtime == "onnxruntime" else EngineSession(path)
+def open_variant(
+    bundle: Bundle, variant: Variant, *, threads: int | None = None, cache: Path | None = None
+) -> Session | EngineSession:
+    """Open the transformer as the variant runs it; see `open_graph`."""
+    if variant.runtime == "onnxruntime":
+        return open_graph(bundle, variant.path, threads=threads, cache=cache)
+    return EngineSession(bundle.file(variant.path))
+
+
+def open_graph(
+    bundle: Bundle, path: str, *, threads: int | None = None, cache: Path | None = None
+) -> Session:
+    """Open a graph of a bundle in onnxruntime.
+
+    Args:
+        path: In the bundle.
+        threads: Of one operator; None takes one for every core.
+        cache: Where the graph is kept as this processor wants it, if its weights are many; None opens it as
+            it is.
+
+    Raises:
+        DeployError: The graph cannot be loaded.
+    """
+    graph, component = bundle.file(path), path.rpartition("/")[0]
+    files = {
+        name: file
+        for name, file in bundle.manifest.files.items()
+        if name == path or (name.rpartition("/")[0] == component and not name.endswith(".onnx"))
+    }
+    num_bytes = sum(file.bytes for file in files.values())
+    if cache is not None and num_bytes >= MINIMUM_BYTES:
+        facts = {name: file.sha256 for name, file in files.items()}
+        facts |= {"onnxruntime": onnxruntime.__version__, "processor": processor()}
+
+        def write(prepared: Path) -> None:
+            Session(graph, threads=threads, save_optimized=prepared).close()
+
+        if (prepared := prepared_graph(graph, facts, num_bytes, write, cache)) is not None:
+            return Session(prepared, threads=threads, optimize=False)
+    return Session(graph, threads=threads)
 
 
 def choose_variant(bundle: Bundle, requested: str | None) -> tuple[Variant, list[str]]:

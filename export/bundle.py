@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tokenizers import Tokenizer as BackendTokenizer
-
 from deploy import bundle as format
 from deploy.bundle import Bundle, open_bundle
 from export.cache import ComponentCache, component_key
@@ -24,7 +22,6 @@ from export.components import (
     export_text_encoder,
     export_transformer,
     export_vae_decoder,
-    max_length,
     num_tokens,
 )
 from export.engine import build_engine, require_tensorrt_rtx
@@ -33,6 +30,7 @@ from export.harm import weight_bits
 from export.lower import Activations
 from export.quantize import Bits
 from export.space import Needs, expected_bytes, memory_bytes, require_space
+from export.tokenizers import export_tokenizer
 from toolchain.artifacts import check_new_directory, new_directory, sha256, write_json
 from toolchain.progress import Bar, silent
 
@@ -44,8 +42,6 @@ __all__ = ["export_bundle"]
 
 # Runs wherever onnxruntime does; every bundle has it, so that one made for a GPU can be looked at without it.
 _CPU_TARGET = "cpu-x86"
-
-_TOKENIZER = "tokenizer.json"
 
 # Options that change the sigmas in ways the device's sampler does not know, and their off values.
 _UNSUPPORTED_SCHEDULER_OPTIONS = {
@@ -137,7 +133,7 @@ def export_bundle(
             components[name], written = cache.get(keys[name], part.make, directory / name)
             files |= {f"{name}/{path}": file for path, file in written.items()}
         tokenizers = {
-            name: _export_tokenizer(model, name, directory)
+            name: export_tokenizer(model, name, directory)
             for name in (encoder.replace("text_encoder", "tokenizer") for encoder in _encoders(model))
         }
         variants = [_export_variant(model, target, directory, checked_bits, bar) for target in targets]
@@ -216,19 +212,6 @@ def _needs(
         engines=engines * sizes["transformer"],
         memory=memory_bytes(model, sizes["transformer"], engine=engines > 0),
     )
-
-
-def _export_tokenizer(model: Model, name: str, directory: Path) -> format.Tokenizer:
-    tokenizer = getattr(model.pipeline, name)
-    backend = BackendTokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    # The device truncates and pads by the manifest; a second opinion in the file would be followed silently.
-    backend.no_truncation()
-    backend.no_padding()
-    path = f"{name}/{_TOKENIZER}"
-    (directory / name).mkdir()
-    (directory / path).write_text(backend.to_str(), encoding="utf-8")
-    length = max_length(model, name.removeprefix("tokenizer"))
-    return format.Tokenizer(path=path, max_length=length, pad_id=tokenizer.pad_token_id)
 
 
 def _export_variant(model: Model, target: Profile, directory: Path, bits: Bits, bar: Bar) -> format.Variant:

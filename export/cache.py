@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -28,21 +27,13 @@ from toolchain.errors import ToolchainError
 from toolchain.families import Model
 from toolchain.families.stored import weight_files
 
-__all__ = ["ComponentCache", "component_key", "default_cache"]
+__all__ = ["ComponentCache", "component_key"]
 
 _RECORD = "component.json"
 _DIGESTS = "digests.json"
 _TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 # Something a run that was killed left behind is told from what another one is making just now by its age.
 _STALE_SECONDS = 3600
-
-
-def default_cache() -> Path:
-    """`$HPTOOL_CACHE`, or the user's directory for such things."""
-    if chosen := os.environ.get("HPTOOL_CACHE"):
-        return Path(chosen)
-    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hptool"
 
 
 @dataclasses.dataclass(frozen=True)

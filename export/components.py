@@ -28,6 +28,7 @@ from export.encoders import (
     lower_vae_decoder,
     text_encoder_cases,
 )
+from export.errors import ExportError
 from export.lint import lint_graphs
 from export.lower import Activations
 from export.parity import ParityRow, check_graph
@@ -244,11 +245,20 @@ def _export_plain(
 
 
 def max_length(model: Model, suffix: str) -> int:
-    """Tokens of a prompt for a text encoder: CLIP's own limit, or what the model is run with for T5."""
+    """Tokens of a prompt for a text encoder: CLIP's own limit, or what the model is run with for T5.
+
+    Raises:
+        ExportError: The model is run with a T5 that is given no prompt.
+    """
     tokenizer = getattr(model.pipeline, f"tokenizer{suffix}")
     encoder = getattr(model.pipeline, f"text_encoder{suffix}")
     if is_t5(encoder):
-        return model.defaults.max_sequence_length
+        if (length := model.defaults.max_sequence_length) < 2:
+            raise ExportError(
+                f"The model has a T5 and a max_sequence_length of {length}, too few for prompts. "
+                "Raise it in generation_defaults.json; Stable Diffusion 3 can leave T5 out: --without t5."
+            )
+        return length
     # A tokenizer saved without a length claims an astronomical one.
     return min(int(tokenizer.model_max_length), int(encoder.config.max_position_embeddings))
 

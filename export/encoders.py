@@ -1,7 +1,8 @@
 """What turns prompts into tokens and latents into pictures, as graphs: CLIP, T5 and the VAE's decoder.
 
-All of them compute in float32 on every target. Their activations are known to leave float16's range (T5's
-feed-forward does on any prompt), and they run once a picture where the transformer runs dozens of times.
+All of them compute in float32 on every target. T5 was trained in bfloat16, whose range is float32's, and what
+its feed-forwards multiply can exceed 65504, the largest number of float16: there it becomes infinite, and the
+states of the whole prompt NaN. Encoders run once a picture, where the transformer runs at every step.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ __all__ = [
 ]
 
 _BATCHES = (1, 3)
-_T5_LINEAR = re.compile(r"encoder\.block\.\d+\.layer\.\d+\.(SelfAttention|DenseReluDense)\.\w+\.weight")
+_T5_LINEAR = re.compile(
+    r"encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\.w(i|i_0|i_1|o))\.weight"
+)
 _T5_OUT = re.compile(r".*\.DenseReluDense\.wo\.weight")
 
 

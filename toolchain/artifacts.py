@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -13,6 +14,8 @@ from typing import Any
 
 from toolchain.errors import ToolchainError
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
@@ -21,7 +24,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     On any error the sibling is removed and `path` is as it was.
 
     Raises:
-        ToolchainError: `path` holds something already, or its parent cannot be written.
+        ToolchainError: `path` holds something already, its parent cannot be written, or its disk gets full.
     """
     check_new_directory(path)
     try:
@@ -33,8 +36,21 @@ def new_directory(path: Path) -> Iterator[Path]:
         beside.chmod(0o755)  # mkdtemp makes it private
         yield beside
         beside.replace(path)
+    except Exception as error:
+        if _is_full(error):
+            raise ToolchainError(
+                f"cannot write {path}: its disk is full ({error}); make room, or write to another (--output, "
+                "and HPTOOL_CACHE for what is kept), and give the same command again"
+            ) from error
+        raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a write failed for want of room; safetensors says so in words alone."""
+    found = (getattr(error, "errno", None), *(code for code in _FULL if f"(os error {code})" in str(error)))
+    return not _FULL.isdisjoint(found)
 
 
 def check_new_directory(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -390,8 +392,9 @@ def export(
 
     check_new_directory(bundle_path)
 
+    from deploy.prepared import cache_directory
     from export.bundle import export_bundle
-    from export.cache import ComponentCache, default_cache
+    from export.cache import ComponentCache
     from export.calibration import read_calibration
     from toolchain.families import open_model
 
@@ -411,7 +414,7 @@ def export(
             bits_of_components=None if plan is None else plan.student_bits,
             calibration=known,
             max_bytes=budget,
-            cache=ComponentCache(default_cache()),
+            cache=ComponentCache(cache_directory()),
             bar=bar,
             plan_sha256=None if plan is None else sha256(path),
             base_model=None if plan is None else plan.model,
@@ -444,14 +447,24 @@ def run(
     target: Annotated[
         str | None, typer.Option("--target", "-t", help="Variant to run; default: the best that runs here.")
     ] = None,
+    keep: Annotated[
+        Literal["all", "one"] | None,
+        typer.Option(help="Parts that stay in memory; default: all, if they fit into what is free."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Paint a picture with a bundle; needs only the `edge` extra."""
     from deploy.pipeline import EdgePipeline
 
+    # Why this variant, what is prepared, what of a prompt was left out.
+    logging.basicConfig(
+        format="%(message)s",
+        handlers=[RichHandler(console=_console, show_time=False, show_level=False, show_path=False)],
+    )
+    logging.getLogger("deploy").setLevel(logging.INFO)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise DeployError(f"cannot write {output}: it is a directory or lies in none; choose another -o")
-    pipeline = EdgePipeline.open(bundle, target=target)
+    pipeline = EdgePipeline.open(bundle, target=target, keep=keep)
     with _bars() as bar:
         advance = bar("sampling", steps or pipeline.bundle.manifest.defaults.num_inference_steps)
         result = pipeline(

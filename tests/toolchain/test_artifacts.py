@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import resource
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from toolchain.artifacts import check_new_directory, new_directory, read_json, sha256, write_json
 from toolchain.errors import ToolchainError
@@ -132,3 +136,31 @@ def test_a_digest_is_that_of_the_content(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256(tmp_path / "file") == known
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path: Path) -> None:
+    def fill(path: Path) -> None:
+        with new_directory(path) as directory:
+            (directory / "file").write_text("written")
+            Path("/dev/full").write_text("no room")
+
+    with pytest.raises(ToolchainError, match=r"out: its disk is full .*No space left.*HPTOOL_CACHE"):
+        fill(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def limited_write(path: str) -> None:
+    """In a process of its own, where no file may exceed 4 KiB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    with pytest.raises(ToolchainError, match="its disk is full"), new_directory(Path(path)) as directory:
+        save_file({"weight": torch.zeros(1 << 16)}, directory / "model.safetensors")
+
+
+def test_weights_that_the_disk_has_no_room_for_are_the_same_error(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(
+        target=limited_write, args=(str(tmp_path / "out"),)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert list(tmp_path.iterdir()) == []
