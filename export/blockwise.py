@@ -98,6 +98,7 @@ class BlockRow:
 def draw_states(model: Model, token_counts: tuple[int, int], *, seed: int = 0) -> list[State]:
     """States of two sizes (one odd in patches, not square), two batches and two text lengths.
 
+    Any two of these meet in one of the four states, which is where a graph fixes what should be free.
     The first row of a batch is noise, where sampling starts; the others are half way. Prompts are real: what
     a rounded model makes of inputs it would never be given says little about it.
     """
@@ -108,7 +109,8 @@ def draw_states(model: Model, token_counts: tuple[int, int], *, seed: int = 0) -
     sizes = ((2, 2), (3, 1)) if large else ((min(4, largest),) * 2, (min(3, largest), min(6, largest)))
     batches = (1, 2) if large else _BATCHES
     states = []
-    for (rows, columns), batch, count in product(sizes, batches, sorted(set(token_counts))):
+    for (index, (rows, columns)), (other, count) in product(enumerate(sizes), enumerate(token_counts)):
+        batch = batches[(index + other) % 2]
         size = (rows * mmdit.patch_size, columns * mmdit.patch_size)
         noise = torch.randn(batch, mmdit.latent_channels, *size, generator=generator)
         flat = torch.randn(batch, mmdit.latent_channels, 1, 1, generator=generator).expand_as(noise)
@@ -135,6 +137,7 @@ def check_transformer(
     states: Sequence[State],
     directory: Path,
     on_block: Callable[[], None] = lambda: None,
+    limit: float | None = None,
 ) -> tuple[list[ParityRow], list[BlockRow]]:
     """Hold graphs to the limits of their types.
 
@@ -146,12 +149,13 @@ def check_transformer(
         states: What the transformer is asked.
         directory: Of the component; graphs of single blocks are written there for a moment.
         on_block: Called after each block, the embedders and the head.
+        limit: Relative error of the velocity that is accepted; None takes that of the graph's types.
 
     Raises:
         ExportError: A value is not finite, a graph differs from torch with the same weights, or rounding
             costs more than is accepted; the worst block is named.
     """
-    runs = [_Run(graph, directory) for graph in graphs]
+    runs = [_Run(graph, directory, limit) for graph in graphs]
     with torch.no_grad():
         reference = _begin(mmdit, weights, states)
         # The table of positions is not stored: the graph computes it, and so does what it is compared with.
@@ -163,10 +167,10 @@ def check_transformer(
         on_block()
         for index, name in enumerate(graphs[0].lowered.blocks):
             block = mmdit.blocks[index]
-            same = [mmdit.apply(loaded, streams) for loaded, streams in _with(block, stored, name, reference)]
-            following = [
-                mmdit.apply(loaded, streams) for loaded, streams in _with(block, weights, name, reference)
-            ]
+            with _loaded(block, stored, name) as loaded:
+                same = [mmdit.apply(loaded, streams) for streams in reference]
+            with _loaded(block, weights, name) as loaded:
+                following = [mmdit.apply(loaded, streams) for streams in reference]
             for run in runs:
                 run.apply(index, reference, same, following)
             reference = following
@@ -197,10 +201,10 @@ def loud_blocks(
                 outputs = output if isinstance(output, tuple) else (output,)
                 largest += [float(item.abs().max()) for item in outputs if isinstance(item, torch.Tensor)]
 
-            loaded = _loaded(block, weights, name)
-            for module in loaded.modules():
-                module.register_forward_hook(hear)
-            given = [mmdit.apply(loaded, streams) for streams in given]
+            with _loaded(block, weights, name) as loaded:
+                for module in loaded.modules():
+                    module.register_forward_hook(hear)
+                given = [mmdit.apply(loaded, streams) for streams in given]
             if max(largest) > _LOUD:
                 found.add(name)
             on_block()
@@ -235,8 +239,9 @@ def encode_prompts(model: Model, prompts: list[str]) -> TextStates:
 class _Run:
     """One graph on its way through the blocks."""
 
-    def __init__(self, graph: CheckedGraph, directory: Path) -> None:
+    def __init__(self, graph: CheckedGraph, directory: Path, limit: float | None) -> None:
         self.rows: list[ParityRow] = []
+        self._limit = LIMITS[graph.weights, graph.activations] if limit is None else limit
         self.blocks: list[BlockRow] = []
         self._graph, self._directory = graph, directory
         self._chained: list[Streams] = []
@@ -287,7 +292,7 @@ class _Run:
                 activations=self._graph.activations,
                 output="velocity",
                 shape=state.shape,
-                limit=LIMITS[self._graph.weights, self._graph.activations],
+                limit=self._limit,
                 **compare(velocity.numpy(), _velocity(session, names, streams, state).numpy()),
             )
             worst = max(self.blocks, key=lambda block: block.rounding_error)
@@ -358,21 +363,26 @@ def _velocity(
 
 
 def _begin(mmdit: MMDiT, weights: Mapping[str, torch.Tensor], states: Sequence[State]) -> list[Streams]:
-    view = _with_children(mmdit, mmdit.embedders, weights)
-    return [view.begin(state.latents_BCHW, state.timesteps_B, state.text) for state in states]
+    with _with_children(mmdit, mmdit.embedders, weights) as view:
+        return [view.begin(state.latents_BCHW, state.timesteps_B, state.text) for state in states]
 
 
 def _end(mmdit: MMDiT, weights: Mapping[str, torch.Tensor], streams: Sequence[Streams]) -> list[torch.Tensor]:
-    view = _with_children(mmdit, mmdit.head, weights)
-    return [view.end(each) for each in streams]
+    with _with_children(mmdit, mmdit.head, weights) as view:
+        return [view.end(each) for each in streams]
 
 
-def _with_children(mmdit: MMDiT, names: Sequence[str], weights: Mapping[str, torch.Tensor]) -> MMDiT:
+@contextmanager
+def _with_children(
+    mmdit: MMDiT, names: Sequence[str], weights: Mapping[str, torch.Tensor]
+) -> Iterator[MMDiT]:
     """A view in which some children of the transformer have their weights, whatever the others have."""
     transformer = shallow_copy(mmdit.transformer)
-    for name in names:
-        setattr(transformer, name, _loaded(getattr(transformer, name), weights, name))
-    return _view(mmdit, transformer)
+    with ExitStack() as stack:
+        for name in names:
+            loaded = stack.enter_context(_loaded(getattr(transformer, name), weights, name))
+            setattr(transformer, name, loaded)
+        yield _view(mmdit, transformer)
 
 
 def _view(mmdit: MMDiT, transformer: nn.Module) -> MMDiT:
@@ -381,15 +391,9 @@ def _view(mmdit: MMDiT, transformer: nn.Module) -> MMDiT:
     )
 
 
-def _with(
-    block: nn.Module, weights: Mapping[str, torch.Tensor], name: str, streams: Sequence[Streams]
-) -> Iterator[tuple[nn.Module, Streams]]:
-    loaded = _loaded(block, weights, name)
-    yield from ((loaded, each) for each in streams)
-
-
-def _loaded(module: nn.Module, weights: Mapping[str, torch.Tensor], name: str) -> nn.Module:
-    """A copy with its weights in float32, which goes when the copy does."""
+@contextmanager
+def _loaded(module: nn.Module, weights: Mapping[str, torch.Tensor], name: str) -> Iterator[nn.Module]:
+    """A copy with its weights in float32, and without them again afterwards."""
     copied = copy.deepcopy(module)
     values = {
         key: tensor
@@ -398,7 +402,10 @@ def _loaded(module: nn.Module, weights: Mapping[str, torch.Tensor], name: str) -
         for key, tensor in module.state_dict().items()
     }
     copied.load_state_dict(values, assign=True)
-    return copied.eval()
+    del values
+    yield copied.eval()
+    # Modules refer to one another in circles, which Python lets go of whenever it likes.
+    copied.to("meta")
 
 
 def _given(lowered: LoweredTransformer, index: int) -> list[str]:

@@ -77,6 +77,7 @@ def export_bundle(
     bits_of_components: Mapping[str, int] | None = None,
     calibration: Calibration | None = None,
     max_bytes: int | None = None,
+    most_error: float | None = None,
     cache: ComponentCache,
     bar: Bar = silent,
     plan_sha256: str | None = None,
@@ -93,6 +94,7 @@ def export_bundle(
         bits_of_components: Bits of components of the transformer that differ, as `7.ff`.
         calibration: Of this model: rounding heeds the inputs that matter.
         max_bytes: Of the blocks' linears, whose bits are then chosen one by one so that rounding harms least.
+        most_error: Relative error of the velocity that rounding may cause; None takes that of the bits.
         cache: Where finished components are kept: an export that was interrupted goes on with the next one.
         bar: Starts progress bars.
         plan_sha256: Digest of the plan the student was made with.
@@ -121,6 +123,7 @@ def export_bundle(
         group_size=group_size,
         half=checked_bits != 32 and any(target.activations == "float16" for target in targets),
         weights={name: _require_bits(value) for name, value in weights.items()},
+        most_error=most_error,
         importance=None if calibration is None else calibration.importance,
     )
     parts = _parts(model, precision, bar)

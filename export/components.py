@@ -83,6 +83,8 @@ class Precision:
     """Whether a graph that computes in float16 is wanted beside the one in float32."""
     weights: Mapping[str, Bits]
     """Bits of weights that differ, by name."""
+    most_error: float | None = None
+    """Relative error of the velocity that rounding may cause; None takes that of the bits."""
     importance: Mapping[str, NDArray[np.float64]] | None = None
     """Mean squares of the inputs of linears, by the names of their weights."""
 
@@ -96,6 +98,7 @@ class Precision:
             "group_size": self.group_size,
             "half": self.half,
             "weights": dict(self.weights),
+            "most_error": self.most_error,
             "importance": digests,
         }
 
@@ -145,6 +148,7 @@ def export_transformer(model: Model, precision: Precision, bar: Bar, directory: 
         states,
         directory,
         bar("transformer: parity", len(lowered[0].blocks) + 2),
+        precision.most_error,
     )
     drift = []
     if model.num_parameters <= LARGEST:

@@ -153,7 +153,7 @@ def require_close(row: ParityRow, hint: str = "") -> None:
         raise ExportError(
             f"The exported {row.stage} ({row.graph}) differs from the torch model at {at}: its {row.output} "
             f"{' and '.join(faults)}. {hint} Nothing was written; --bits 32 shows whether rounding is to "
-            "blame."
+            "blame. If it is, --calibration or more --bits make it less, and --max-error accepts it."
         )
 
 

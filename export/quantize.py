@@ -90,7 +90,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
             array = dequantize(_read(weight.values), _read(weight.scales))
         else:
             array = _read(self.plain[name]).astype(np.float32)
-        return torch.from_numpy(np.ascontiguousarray(array.T if name in self.transposed else array))
+        return torch.from_numpy(array.T if name in self.transposed else array)
 
     def __iter__(self) -> Iterator[str]:
         """All names."""

@@ -372,6 +372,10 @@ def export(
         int | None,
         typer.Option(help="With --bits auto, of the blocks' linears; default: what 4 bits would take."),
     ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(help="Relative error of the velocity that rounding may cause; 0.2 for 4 bits.", min=0.0),
+    ] = None,
     without: Annotated[
         Literal["t5"] | None, typer.Option(help="Leave out the T5 text encoder of Stable Diffusion 3.")
     ] = None,
@@ -414,6 +418,7 @@ def export(
             bits_of_components=None if plan is None else plan.student_bits,
             calibration=known,
             max_bytes=budget,
+            most_error=max_error,
             cache=ComponentCache(cache_directory()),
             bar=bar,
             plan_sha256=None if plan is None else sha256(path),
