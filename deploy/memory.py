@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from pathlib import Path
 from typing import Literal
 
 from deploy.bundle import Bundle, Variant
 
-__all__ = ["Keep", "available_bytes", "choose_keep", "loaded_bytes"]
+__all__ = ["Keep", "available_bytes", "choose_keep", "give_back", "loaded_bytes"]
 
 Keep = Literal["all", "one"]
 """Which parts stay loaded: all of them, or the one that runs."""
 
 _BYTES_PER_FILE_BYTE = 2
 """Weights stored in float16 are float32 once they are loaded; of others, half is left to compute in."""
+
+_MADV_PAGEOUT = 21
 
 _CGROUPS = (
     # Of a limit, of what counts towards it, and of files among that, which the system drops when it has to.
@@ -65,6 +69,28 @@ def available_bytes(root: Path = Path("/")) -> int | None:
         except (OSError, KeyError, ValueError):
             continue
     return max(0, min(sizes))
+
+
+def give_back(directory: Path | None = None) -> None:
+    """Return memory to the system that this process does not use now; elsewhere than on Linux, do nothing.
+
+    Args:
+        directory: Pages of files in it that are mapped into memory go as well, until they are read again.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc keeps what was freed in pieces below 32 MB
+        libc.malloc_trim(0)
+    if directory is None:
+        return
+    with Path("/proc/self/maps").open(encoding="utf-8") as lines:
+        ranges = [line.split(maxsplit=5) for line in lines]
+    for addresses, *_, path in (fields for fields in ranges if len(fields) == 6):
+        if Path(path.strip()).is_relative_to(directory):
+            start, stop = (int(address, 16) for address in addresses.split("-"))
+            # It fails before Linux 5.4, and then the pages stay until the system wants them.
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_PAGEOUT)
 
 
 def _fields(path: Path) -> dict[str, int]:

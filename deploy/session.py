@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deploy.bundle import Bundle, Variant
 from deploy.errors import DeployError, extra
+from deploy.memory import give_back
 from deploy.prepared import MINIMUM_BYTES, WEIGHTS, prepared_graph, processor
 
 with extra("edge"):
@@ -31,12 +33,6 @@ Array = NDArray[Any]
 
 CPU = ("CPUExecutionProvider",)
 
-_SAVE_WEIGHTS = {
-    "save_external_prepacked_constant_initializers": "1",
-    "optimized_model_external_initializers_file_name": WEIGHTS,
-    "optimized_model_external_initializers_min_size_in_bytes": "1024",
-}
-
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
@@ -50,16 +46,13 @@ class Session:
         providers: tuple[str, ...] = CPU,
         threads: int | None = None,
         optimize: bool = True,
-        save_optimized: Path | None = None,
     ) -> None:
         """Load a graph, with its external weights from beside it.
 
         Args:
             providers: onnxruntime's execution providers, all of which have to be there.
             threads: Of one operator; None takes one for every core.
-            optimize: Whether to rewrite the graph for the provider; one that was saved so has been.
-            save_optimized: Where to write the rewritten graph, with its weights as they are multiplied with
-                beside it.
+            optimize: Whether to rewrite the graph for the provider; one that was prepared has been.
 
         Raises:
             DeployError: A provider is not there or did not start, or the graph cannot be loaded.
@@ -73,25 +66,7 @@ class Session:
                 f"onnxruntime {onnxruntime.__version__} has no {', '.join(absent)} here, "
                 f"only {', '.join(available)}. Install the onnxruntime package that brings it."
             )
-        options = onnxruntime.SessionOptions()
-        # Zero is onnxruntime's own word for one thread per core. Operators run one after another: the graphs
-        # are chains, so a second pool of threads would only take cores from the first.
-        options.intra_op_num_threads = threads or 0
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        # Blocked int4 weights become one fused operator at this level; below it they would be unpacked at
-        # every step.
-        levels = onnxruntime.GraphOptimizationLevel
-        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-        if save_optimized is not None:
-            options.optimized_model_filepath = str(save_optimized)
-            for key, value in _SAVE_WEIGHTS.items():
-                options.add_session_config_entry(f"session.{key}", value)
-        # What it warns of at load (initialisers nothing uses any more) is nothing a user can act on.
-        options.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(self.path, options, providers=list(providers))
-        except Exception as error:  # its exceptions have no public base class
-            raise DeployError(f"onnxruntime cannot load {self.path}: {_first_line(error)}") from error
+        self._session = _load(self.path, _options(optimize=optimize, threads=threads), providers)
         # A provider that fails to start is left out with a line in the log, and everything runs on the CPU.
         actual = self._session.get_providers()
         if lost := [provider for provider in providers if provider not in actual]:
@@ -119,6 +94,7 @@ class Session:
     def close(self) -> None:
         """Give the memory back; the session cannot run any more."""
         del self._session
+        give_back()
 
 
 class EngineSession:
@@ -208,12 +184,63 @@ def open_graph(
         facts = {name: file.sha256 for name, file in files.items()}
         facts |= {"onnxruntime": onnxruntime.__version__, "processor": processor()}
 
-        def write(prepared: Path) -> None:
-            Session(graph, threads=threads, save_optimized=prepared).close()
-
-        if (prepared := prepared_graph(graph, facts, num_bytes, write, cache)) is not None:
-            return Session(prepared, threads=threads, optimize=False)
+        if (prepared := prepared_graph(graph, facts, num_bytes, partial(_prepare, graph), cache)) is not None:
+            session = Session(prepared, threads=threads, optimize=False)
+            # Opening reads every scale for the weights that it would rearrange, were they not so already.
+            give_back(prepared.parent)
+            return session
     return Session(graph, threads=threads)
+
+
+def _prepare(graph: Path, prepared: Path) -> None:
+    """Write a graph whose weights are there as in the file, and as this processor multiplies with them.
+
+    In two passes, because rewriting the graph and rearranging its weights each hold all of them in memory.
+
+    Raises:
+        DeployError: The graph cannot be loaded.
+    """
+    rewritten = prepared.with_name("rewritten.onnx")
+    _rewrite(graph, rewritten, "rewritten.data", optimize=True, prepack=False)
+    _rewrite(rewritten, prepared, WEIGHTS, optimize=False, prepack=True)
+    for path in (rewritten, rewritten.with_suffix(".data")):
+        path.unlink()
+
+
+def _rewrite(graph: Path, written: Path, weights: str, *, optimize: bool, prepack: bool) -> None:
+    options = _options(optimize=optimize)
+    options.optimized_model_filepath = str(written)
+    entries = {
+        "disable_prepacking": str(int(not prepack)),
+        "save_external_prepacked_constant_initializers": str(int(prepack)),
+        "optimized_model_external_initializers_file_name": weights,
+        "optimized_model_external_initializers_min_size_in_bytes": "1024",
+    }
+    for key, value in entries.items():
+        options.add_session_config_entry(f"session.{key}", value)
+    _load(graph, options, CPU)
+    give_back()
+
+
+def _options(*, optimize: bool, threads: int | None = None) -> Any:
+    options, levels = onnxruntime.SessionOptions(), onnxruntime.GraphOptimizationLevel
+    # Zero is onnxruntime's own word for one thread per core. Operators run one after another: the graphs are
+    # chains, so a second pool of threads would only take cores from the first.
+    options.intra_op_num_threads = threads or 0
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    # Blocked int4 weights become one fused operator at this level; below it they would be unpacked at every
+    # step.
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    # What it warns of at load (initialisers nothing uses any more) is nothing a user can act on.
+    options.log_severity_level = 3
+    return options
+
+
+def _load(path: Path, options: Any, providers: Sequence[str]) -> Any:
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=list(providers))
+    except Exception as error:  # its exceptions have no public base class
+        raise DeployError(f"onnxruntime cannot load {path}: {_first_line(error)}") from error
 
 
 def choose_variant(bundle: Bundle, requested: str | None) -> tuple[Variant, list[str]]:

@@ -24,6 +24,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
 
+from deploy.memory import give_back
 from export.denoiser import LoweredTransformer
 from export.errors import ExportError
 from export.lower import Activations
@@ -406,6 +407,7 @@ def _loaded(module: nn.Module, weights: Mapping[str, torch.Tensor], name: str) -
     yield copied.eval()
     # Modules refer to one another in circles, which Python lets go of whenever it likes.
     copied.to("meta")
+    give_back()
 
 
 def _given(lowered: LoweredTransformer, index: int) -> list[str]:

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import mmap
+import random
+import re
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from deploy.bundle import Bundle, open_bundle
-from deploy.memory import available_bytes, choose_keep, loaded_bytes
+from deploy.memory import available_bytes, choose_keep, give_back, loaded_bytes
 
 MakeBundle = Callable[..., Path]
 
@@ -80,3 +85,26 @@ def test_memory_is_what_the_system_and_its_container_leave(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert available_bytes(tmp_path) == available
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems are not asked for their pages")
+def test_pages_of_mapped_files_go_and_come_back_as_they_were(tmp_path: Path) -> None:
+    content = random.Random(0).randbytes(64 * mmap.PAGESIZE)
+    for name in ("given back", "kept"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.data").write_bytes(content)
+    paths = [tmp_path / name / "weights.data" for name in ("given back", "kept")]
+    with ExitStack() as stack:
+        files = [stack.enter_context(path.open("rb")) for path in paths]
+        maps = [stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) for file in files]
+        assert [bytes(each) for each in maps] == [content, content]
+        give_back(tmp_path / "given back")
+        assert [resident_bytes(path) for path in paths] == [0, len(content)]
+        assert bytes(maps[0]) == content
+
+
+def resident_bytes(path: Path) -> int:
+    """Of the mappings of a file."""
+    text = Path("/proc/self/smaps").read_text()
+    (size,) = re.findall(rf"{re.escape(str(path))}\n(?:.*\n)*?Rss: +(\d+) kB", text)
+    return 1024 * int(size)

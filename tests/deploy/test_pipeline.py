@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from deploy import pipeline
+from deploy import pipeline, session
 from deploy.bundle import MANIFEST, manifest_to_json, open_bundle
 from deploy.errors import DeployError
 from deploy.pipeline import EdgePipeline, Result, save_png
@@ -167,10 +167,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             super().close()
             events.append(f"-{self.path.parent.name}")
 
-    monkeypatch.setattr(pipeline, "Session", Spy)
-    monkeypatch.setattr(
-        pipeline, "open_variant", lambda bundle, variant, **options: Spy(bundle.file(variant.path))
-    )
+    monkeypatch.setattr(session, "Session", Spy)
     return events
 
 
