@@ -53,6 +53,7 @@ _BATCHES = (1, 3)
 # Above so many parameters, states are as small as they can be and still differ: a block's weights are read
 # from memory for a few tokens in nearly the time it takes for one.
 _LARGE = 1_000_000_000
+_FEW_TOKENS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +110,10 @@ def draw_states(model: Model, token_counts: tuple[int, int], *, seed: int = 0) -
     largest = mmdit.max_latent_size // mmdit.patch_size
     sizes = ((2, 2), (3, 1)) if large else ((min(4, largest),) * 2, (min(3, largest), min(6, largest)))
     batches = (1, 2) if large else _BATCHES
+    most_tokens = _FEW_TOKENS if large else text.tokens_BTJ.shape[1]
     states = []
-    for (index, (rows, columns)), (other, count) in product(enumerate(sizes), enumerate(token_counts)):
-        batch = batches[(index + other) % 2]
+    for (index, (rows, columns)), (other, tokens) in product(enumerate(sizes), enumerate(token_counts)):
+        batch, count = batches[(index + other) % 2], min(tokens, most_tokens)
         size = (rows * mmdit.patch_size, columns * mmdit.patch_size)
         noise = torch.randn(batch, mmdit.latent_channels, *size, generator=generator)
         flat = torch.randn(batch, mmdit.latent_channels, 1, 1, generator=generator).expand_as(noise)
