@@ -379,6 +379,20 @@ def test_a_truncated_shard_and_another_models_tensor_are_refused(tiny_path: Path
         open_model(str(path), precision="none")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_weights_that_someone_else_quantised_are_refused(
+    tiny_path: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(tiny_path, path)
+    file = next((path / "transformer").glob("*.safetensors"))
+    weights = load_file(file)
+    weights["context_embedder.weight"] = weights["context_embedder.weight"].to(dtype)
+    save_file(weights, file)
+    with pytest.raises(ToolchainError, match=r"context_embedder\.weight of its transformer as (F8_E4M3|I8), and"):
+        open_model(str(path), precision="none")
+
+
 def test_a_model_without_its_weights_has_them_all_on_disk(tiny_path: Path) -> None:
     whole, empty = open_model(str(tiny_path)), open_model(str(tiny_path), precision="none")
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["StoredTensors", "require_same_names", "weight_files"]
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
 
 class StoredTensors(Mapping[str, "torch.Tensor"]):
     """Tensors by the names a module has for them, each read when it is asked for and kept by nobody.
@@ -29,8 +31,8 @@ class StoredTensors(Mapping[str, "torch.Tensor"]):
         names: By the module's name of a tensor, the names that files may have for it; its own if left out.
 
     Raises:
-        ToolchainError: A tensor is missing, has no place in the module or another shape, or a file is
-            damaged.
+        ToolchainError: A tensor is missing, has no place in the module, another shape or another type, or a
+            file is damaged.
     """
 
     def __init__(
@@ -41,18 +43,22 @@ class StoredTensors(Mapping[str, "torch.Tensor"]):
         names: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         shapes: dict[str, tuple[int, ...]] = {}
+        types: dict[str, str] = {}
         files: dict[str, Path] = {}
         for file in weight_files(part):
             try:
                 with safe_open(file, framework="pt") as stored:
                     for name in stored.keys():  # noqa: SIM118 - it is no mapping
-                        files[name], shapes[name] = file, tuple(stored.get_slice(name).get_shape())
+                        tensor = stored.get_slice(name)
+                        files[name], shapes[name] = file, tuple(tensor.get_shape())
+                        types[name] = tensor.get_dtype()
             except (SafetensorError, OSError) as error:
                 raise ToolchainError(
                     f"{file} cannot be read: {error}. Download or save {source} again."
                 ) from error
         self._places: dict[str, tuple[Path, str]] = {}
         expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        floating = {name: tensor.is_floating_point() for name, tensor in module.state_dict().items()}
         for name in expected:
             if found := next((other for other in (names or {}).get(name, (name,)) if other in files), None):
                 self._places[name] = (files[found], found)
@@ -64,6 +70,11 @@ class StoredTensors(Mapping[str, "torch.Tensor"]):
                 raise ToolchainError(
                     f"{source} holds {found} of its {part.name} as {list(shapes[found])}, where its "
                     f"config.json makes it {list(expected[name])}; one of the two is of another model"
+                )
+            if floating[name] and types[found] not in _FLOATS:
+                raise ToolchainError(
+                    f"{source} holds {found} of its {part.name} as {types[found]}, and weights are read as "
+                    f"{', '.join(_FLOATS)}; take the model as it was published, before it was quantised"
                 )
 
     def __getitem__(self, name: str) -> torch.Tensor:
