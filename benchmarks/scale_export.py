@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -151,6 +152,7 @@ def measure_export(place: Place) -> Row:
         "seconds_to_read": statistics.median(reads),
         "reads": reads,
         **_measured(watched),
+        "stages": _stages(watched.errors),
         "transformer_bytes": _graph_bytes(place.bundle, "model.onnx"),
         "bundle_bytes": sum(path.stat().st_size for path in place.bundle.rglob("*") if path.is_file()),
         "parity": _parity(place.bundle),
@@ -296,6 +298,12 @@ def _measured(watched: Watched) -> Row:
         "peak_anonymous_bytes": watched.peak_anonymous_bytes,
         "peak_file_bytes": watched.peak_file_bytes,
     }
+
+
+def _stages(progress: str) -> dict[str, int]:
+    """Seconds of each stage, by what its progress bar ended with."""
+    bars = re.findall(r"^(\S.*?) +━+ +\d+/\d+ +(\d+):(\d\d):(\d\d)", progress, re.MULTILINE)
+    return {name: 3600 * int(hours) + 60 * int(minutes) + int(rest) for name, hours, minutes, rest in bars}
 
 
 def _last_json(watched: Watched) -> Row:
@@ -456,7 +464,9 @@ def _export_time(rows: Row, _: Subject | None) -> str:
     reads = row["seconds"] / row["seconds_to_read"]
     met = reads <= MOST_EXPORT_READS and row["seconds"] <= MOST_EXPORT_SECONDS
     one = f"{row['checkpoint_bytes'] / GB:.1f} GB read in {row['seconds_to_read']:.0f} s"
-    return f"{row['seconds']:.0f} s, {reads:.1f} × one read ({one}){_verdict(met)}"
+    stages = {name: row["stages"][f"transformer: {name}"] for name in ("weights", "parity")}
+    of = f"weights stored in {stages['weights']} s, compared with torch in {stages['parity']} s"
+    return f"{row['seconds']:.0f} s, {reads:.1f} × one read ({one}); {of}{_verdict(met)}"
 
 
 def _onnx_bytes(rows: Row, subject: Subject | None) -> str:

@@ -389,7 +389,9 @@ def test_weights_that_someone_else_quantised_are_refused(
     weights = load_file(file)
     weights["context_embedder.weight"] = weights["context_embedder.weight"].to(dtype)
     save_file(weights, file)
-    with pytest.raises(ToolchainError, match=r"context_embedder\.weight of its transformer as (F8_E4M3|I8), and"):
+    with pytest.raises(
+        ToolchainError, match=r"context_embedder\.weight of its transformer as (F8_E4M3|I8), and"
+    ):
         open_model(str(path), precision="none")
 
 
