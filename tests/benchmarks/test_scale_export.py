@@ -23,10 +23,10 @@ def python(code: str) -> list[str]:
 
 def test_the_peak_is_that_of_the_command() -> None:
     none, some = (watch(python(HOLD.format(size=size, seconds=0.5))) for size in (0, 300 * MIB))
-    assert 300 * MIB <= some.peak_anonymous_bytes - none.peak_anonymous_bytes < 320 * MIB
-    assert 300 * MIB <= some.peak_bytes < 400 * MIB
+    assert 290 * MIB <= some.peak_anonymous_bytes - none.peak_anonymous_bytes < 320 * MIB
+    assert 290 * MIB <= some.peak_bytes < 400 * MIB
     assert (some.stopped, some.status) == (None, 0)
-    assert 0.5 < some.seconds < 10
+    assert 0.5 < some.seconds
 
 
 def test_what_children_hold_counts() -> None:
