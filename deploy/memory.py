@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from rich.filesize import decimal
+
 from deploy.bundle import Bundle, Variant
 
 __all__ = ["Keep", "available_bytes", "choose_keep", "give_back", "loaded_bytes"]
@@ -37,7 +39,10 @@ def choose_keep(bundle: Bundle, variant: Variant, available: int | None) -> tupl
     needed = _BYTES_PER_FILE_BYTE * loaded_bytes(bundle, variant)
     keep: Keep = "all" if needed <= available else "one"
     what = "all parts stay loaded" if keep == "all" else "parts are loaded one at a time"
-    return keep, f"{what}: together they take {_gb(needed)}, and {_gb(available)} of memory are available"
+    return (
+        keep,
+        f"{what}: together they take {decimal(needed)}, and {decimal(available)} of memory are available",
+    )
 
 
 def loaded_bytes(bundle: Bundle, variant: Variant) -> int:
@@ -95,7 +100,3 @@ def give_back(directory: Path | None = None) -> None:
 
 def _fields(path: Path) -> dict[str, int]:
     return {name: int(value) for name, value, *_ in map(str.split, path.read_text().splitlines())}
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"

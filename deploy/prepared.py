@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from rich.filesize import decimal
+
 __all__ = ["MINIMUM_BYTES", "WEIGHTS", "cache_directory", "prepared_graph", "processor"]
 
 MINIMUM_BYTES = 64 << 20
@@ -89,7 +91,7 @@ def _write(graph: Path, entry: Path, num_bytes: int, write: Callable[[Path], Non
     _forget_unused(entry.parent)
     free = shutil.disk_usage(entry.parent).free
     if free < _DISK_SHARE * num_bytes:
-        raise OSError(f"{_gb(_DISK_SHARE * num_bytes)} may be needed, and {_gb(free)} are free")
+        raise OSError(f"{decimal(_DISK_SHARE * num_bytes)} may be needed, and {decimal(free)} are free")
     logger.info("preparing %s for this processor, once; it is kept in %s", graph, entry)
     temporary = Path(tempfile.mkdtemp(dir=entry.parent, prefix=f".{entry.name[:16]}."))
     try:
@@ -108,7 +110,3 @@ def _forget_unused(directory: Path) -> None:
         unused = time.time() - path.stat().st_mtime
         if unused > (_STALE_SECONDS if path.name.startswith(".") else _UNUSED_SECONDS):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"

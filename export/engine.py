@@ -60,7 +60,7 @@ def build_engine(
         with rtx.logger.verbosity(rtx.logger.CRITICAL):
             network = rtx.network_from_onnx_path(str(graph), strongly_typed=True)
             config = rtx.CreateConfigRTX(compute_capabilities=[(major, minor)], profiles=profiles)
-            data = bytes(rtx.engine_bytes_from_network(network, config))
+            data = memoryview(rtx.engine_bytes_from_network(network, config))
     except rtx.PolygraphyException as error:
         raise ExportError(
             f"TensorRT-RTX could not build an engine from {graph.name} for compute capability "
@@ -68,7 +68,7 @@ def build_engine(
         ) from error
     loaded = ir.load(graph)
     _require_size(
-        len(data),
+        data.nbytes,
         weight_bytes=_weight_bytes(loaded),
         num_nodes=len(loaded.graph),
         num_profiles=len(profiles),

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from export.components import Precision
 from export.errors import ExportError
 from toolchain.families import Model
@@ -76,13 +78,13 @@ def require_space(needs: Needs, *, output: Path, cache: Path) -> None:
         free = shutil.disk_usage(there).free
         if size > free:
             raise ExportError(
-                f"The export takes {_gb(size)} on the disk of {there}, where {_gb(free)} are free. Make "
+                f"The export takes {decimal(size)} on the disk of {there}, where {decimal(free)} are free. Make "
                 "room, choose another --output, or set HPTOOL_CACHE to a directory on another disk."
             )
     available = _available_memory()
     if available is not None and needs.memory > available:
         raise ExportError(
-            f"The export takes {_gb(needs.memory)} of memory, and {_gb(available)} are free. Close other "
+            f"The export takes {decimal(needs.memory)} of memory, and {decimal(available)} are free. Close other "
             "programs, export on a larger machine, or leave out targets that need an engine."
         )
 
@@ -109,7 +111,3 @@ def _available_memory() -> int | None:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
