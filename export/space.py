@@ -78,14 +78,14 @@ def require_space(needs: Needs, *, output: Path, cache: Path) -> None:
         free = shutil.disk_usage(there).free
         if size > free:
             raise ExportError(
-                f"The export takes {decimal(size)} on the disk of {there}, where {decimal(free)} are free. Make "
-                "room, choose another --output, or set HPTOOL_CACHE to a directory on another disk."
+                f"The export takes {decimal(size)} on the disk of {there}, where {decimal(free)} are free. "
+                "Make room, choose another --output, or set HPTOOL_CACHE to a directory on another disk."
             )
     available = _available_memory()
     if available is not None and needs.memory > available:
         raise ExportError(
-            f"The export takes {decimal(needs.memory)} of memory, and {decimal(available)} are free. Close other "
-            "programs, export on a larger machine, or leave out targets that need an engine."
+            f"The export takes {decimal(needs.memory)} of memory, and {decimal(available)} are free. Close "
+            "other programs, export on a larger machine, or leave out targets that need an engine."
         )
 
 

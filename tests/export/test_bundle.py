@@ -232,7 +232,7 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_the_work(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
     message = refusal(on_disk, [load_profile("cpu-x86")], tmp_path)
-    assert re.search(r"takes 0\.0 GB on the disk of .* where 0\.0 GB are free\. Make room", message)
+    assert re.search(r"takes .* [kM]B on the disk of .* where 10\.0 kB are free\. Make room", message)
 
 
 def with_parts(model: Model, **parts: Any) -> Model:

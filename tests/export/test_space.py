@@ -53,5 +53,5 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(path: Path, tmp_pat
         pytest.skip("this system lets no user mount a file system")
     failed = export(path, disk / "bundle", tmp_path / "cache", within=within)
     assert failed.returncode == 2
-    assert f"on the disk of {disk}, where 0.0 GB are free" in failed.stderr
+    assert f"on the disk of {disk}, where 65.5 kB are free" in failed.stderr
     assert not (tmp_path / "cache" / "components").exists()
