@@ -20,6 +20,8 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from deploy.errors import DeployError
+
 __all__ = ["MINIMUM_BYTES", "WEIGHTS", "cache_directory", "prepared_graph", "processor"]
 
 MINIMUM_BYTES = 64 << 20
@@ -55,7 +57,8 @@ def prepared_graph(
         cache: Where prepared graphs lie, each in a directory of its own.
 
     Returns:
-        None where it cannot be kept: the disk is full or not writable. The reason is logged.
+        None where it cannot be kept: the disk is full or not writable, or the graph is none. The reason is
+        logged.
     """
     key = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
     entry = cache / "prepared" / key
@@ -65,12 +68,12 @@ def prepared_graph(
         return found
     try:
         _write(graph, entry, num_bytes, write)
-    except OSError as error:
+    except (OSError, DeployError) as error:  # onnxruntime's own, if the disk gets full while it writes
         logger.warning(
             "%s is opened as it is, which takes longer and more memory: nothing can be kept in %s (%s)",
             graph,
             entry.parent,
-            error.strerror or error,
+            error,
         )
         return None
     return found
@@ -96,6 +99,9 @@ def _write(graph: Path, entry: Path, num_bytes: int, write: Callable[[Path], Non
     temporary = Path(tempfile.mkdtemp(dir=entry.parent, prefix=f".{entry.name[:16]}."))
     try:
         write(temporary / graph.name)
+        for path in temporary.iterdir():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())  # a device may lose power: the name must not last longer than this
         temporary.rename(entry)
     except OSError:
         if not entry.exists():  # another process may have been faster

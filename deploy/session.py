@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,8 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
+
+logger = logging.getLogger(__name__)
 
 CPU = ("CPUExecutionProvider",)
 
@@ -183,13 +187,23 @@ def open_graph(
     if cache is not None and num_bytes >= MINIMUM_BYTES:
         facts = {name: file.sha256 for name, file in files.items()}
         facts |= {"onnxruntime": onnxruntime.__version__, "processor": processor()}
-
-        if (prepared := prepared_graph(graph, facts, num_bytes, partial(_prepare, graph), cache)) is not None:
-            session = Session(prepared, threads=threads, optimize=False)
-            # Opening reads every scale for the weights that it would rearrange, were they not so already.
-            give_back(prepared.parent)
+        prepared = prepared_graph(graph, facts, num_bytes, partial(_prepare, graph), cache)
+        if prepared is not None and (session := _open_prepared(prepared, threads)) is not None:
             return session
     return Session(graph, threads=threads)
+
+
+def _open_prepared(prepared: Path, threads: int | None) -> Session | None:
+    """Open a graph that was prepared; if its files were damaged, they go and it is None."""
+    try:
+        session = Session(prepared, threads=threads, optimize=False)
+    except DeployError as error:
+        logger.warning("%s; it is removed and made again the next time", error)
+        shutil.rmtree(prepared.parent, ignore_errors=True)
+        return None
+    # Opening reads every scale for the weights that it would rearrange, were they not so already.
+    give_back(prepared.parent)
+    return session
 
 
 def _prepare(graph: Path, prepared: Path) -> None:

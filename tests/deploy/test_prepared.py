@@ -129,6 +129,19 @@ def test_a_graph_that_cannot_be_loaded_leaves_nothing(
     assert list((tmp_path / "cache" / "prepared").iterdir()) == []
 
 
+def test_a_prepared_graph_that_was_damaged_is_made_again(
+    make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(session, "MINIMUM_BYTES", 0)
+    bundle = open_bundle(make_bundle(write_int4_graph))
+    prepared_path = open_graph(bundle, GRAPH, cache=tmp_path).path
+    weights = prepared_path.with_name(WEIGHTS)
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert open_graph(bundle, GRAPH, cache=tmp_path).path == bundle.path / GRAPH
+    assert "it is removed and made again the next time" in caplog.text
+    assert open_graph(bundle, GRAPH, cache=tmp_path).path == prepared_path
+
+
 def test_it_is_written_once(case: Case) -> None:
     first = prepare(case)
     assert first is not None

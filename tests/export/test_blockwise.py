@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+import pytest
 import torch
 
+from export import blockwise
 from export.blockwise import draw_states, encode_prompts, loud_blocks
 from export.denoiser import lower_transformer
 from toolchain.families import Model
@@ -66,3 +68,11 @@ def test_a_block_that_makes_values_near_the_end_of_float16_computes_in_float32(
     with torch.no_grad():
         expected = view.velocity(state.latents_BCHW, state.timesteps_B, state.text)
     np.testing.assert_allclose(found.astype(np.float32), expected.numpy(), atol=0.02)
+
+
+def test_states_of_a_large_model_are_small(on_disk: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "_LARGE", 0)
+    monkeypatch.setattr(blockwise, "_FEW_TOKENS", 8)
+    states = draw_states(on_disk, (16, 5))
+    shapes = {(state.shape["batch"], state.shape["tokens"]) for state in states}
+    assert shapes == {(1, 8), (2, 5), (2, 8), (1, 5)}

@@ -269,3 +269,12 @@ def test_a_picture_size_the_model_cannot_make_is_refused(model: Model, gpu: Prof
 
 def test_no_target_is_refused(model: Model, tmp_path: Path) -> None:
     assert "no target" in refusal(model, [], tmp_path)
+
+
+def test_rounding_that_costs_more_than_was_said_is_refused_with_what_can_be_done(
+    on_disk: Model, tmp_path: Path
+) -> None:
+    message = refusal(on_disk, [load_profile("cpu-x86")], tmp_path, most_error=1e-6)
+    assert re.search(r"velocity has a relative error of \S+ where 1e-06 is accepted", message)
+    assert re.search(r"Of its parts transformer_blocks\.\d differs most", message)
+    assert "--max-error accepts it" in message
