@@ -8,7 +8,6 @@ weights as they were, one block at a time from exact inputs, and all together fr
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +27,8 @@ from deploy.memory import give_back
 from export.denoiser import LoweredTransformer
 from export.errors import ExportError
 from export.lower import Activations
-from export.parity import LIMITS, Array, ParityRow, Weights, compare, parity_session, require_close
+from export.parity import LIMITS, Array, ParityRow, Weights, compare, require_close
+from export.pieces import part_session
 from toolchain.families import Model
 from toolchain.families.mmdit import MMDiT, Streams, TextStates, shallow_copy
 
@@ -323,13 +323,7 @@ class _Run:
 
     def _session(self, inputs: Sequence[str], outputs: Sequence[str]) -> onnxruntime.InferenceSession:
         """Of the part of the graph between some values."""
-        whole = self._graph.lowered.graph
-        part = ir.Model(
-            ir.convenience.extract(whole.graph, list(inputs), list(outputs)), ir_version=whole.ir_version
-        )
-        with tempfile.NamedTemporaryFile(dir=self._directory, suffix=".onnx") as file:
-            ir.save(part, file.name)
-            return parity_session(Path(file.name))
+        return part_session(self._graph.lowered.graph, inputs, outputs, self._directory)
 
     def _streams(
         self, session: onnxruntime.InferenceSession, inputs: dict[str, Array], state: State

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnxruntime
 import torch
 
 from export.errors import ExportError
+from export.pieces import run_in_pieces
 
 __all__ = [
     "Case",
@@ -19,7 +19,6 @@ __all__ = [
     "case_of",
     "check_graph",
     "compare",
-    "parity_session",
     "require_close",
 ]
 
@@ -83,16 +82,10 @@ def check_graph(
     Raises:
         ExportError: An output is not finite or too far from torch's.
     """
-    session = parity_session(path)
-    types = {value.name: value.type for value in session.get_inputs()}
     rows: list[ParityRow] = []
-    for case in cases:
-        inputs = {
-            name: array.astype(np.float16) if types[name] == "tensor(float16)" else array
-            for name, array in case.inputs.items()
-        }
-        names = list(case.outputs)
-        for name, found in zip(names, session.run(names, inputs), strict=True):
+    names = list(cases[0].outputs)
+    for case, outputs in zip(cases, run_in_pieces(path, [case.inputs for case in cases], names), strict=True):
+        for name, found in zip(names, outputs, strict=True):
             row = ParityRow(
                 stage=stage,
                 graph=graph,
@@ -106,15 +99,6 @@ def check_graph(
             require_close(row)
             rows.append(row)
     return rows
-
-
-def parity_session(path: Path) -> onnxruntime.InferenceSession:
-    """A session that does what its graph says and rounds nothing that the graph does not round."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # graphs for other runtimes make it warn of what it has to convert
-    # By default it rounds what is multiplied with 4-bit weights to 8 bits, a hundred times the error of sums.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def case_of(shape: dict[str, int], inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> Case:

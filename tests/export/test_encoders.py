@@ -24,7 +24,8 @@ from transformers import (
 from export.components import Component, export_text_encoder
 from export.encoders import encoder_bits, lower_text_encoder, text_encoder_cases
 from export.errors import ExportError
-from export.parity import LIMITS, check_graph, parity_session
+from export.parity import LIMITS, check_graph
+from export.pieces import parity_session
 from export.quantize import Bits
 from toolchain.families import Model, open_model
 from toolchain.progress import silent
