@@ -1,6 +1,6 @@
 """What it takes to bring transformers of 6 and 8 billion parameters from a checkpoint to a device.
 
-    python -m benchmarks.scale_export make          # the checkpoints, 30 GB, once
+    python -m benchmarks.scale_export make          # the checkpoints, 40 GB, once
     python -m benchmarks.scale_export run           # measure what is missing; stop and start it at will
     python -m benchmarks.scale_export table         # docs/scale.md from what was measured
 
@@ -16,6 +16,7 @@ is measured on that same model.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -69,8 +70,10 @@ class Subject:
     title: str
     directory: str
     """Of the checkpoint in the scratch directory; what else belongs to it is named after it."""
-    most_onnx_bytes: float
-    most_engine_memory: float
+    rows: tuple[str, ...] = ("export", "engine", "step", "run")
+    """What is measured of it."""
+    most_onnx_bytes: float = math.inf
+    most_engine_memory: float = math.inf
 
 
 SUBJECTS = {
@@ -86,6 +89,7 @@ SUBJECTS = {
         most_onnx_bytes=5.0e9,
         most_engine_memory=22 * GIB,
     ),
+    "t5-xxl": Subject(title="T5-XXL, and 2 blocks of SD3.5-Large", directory="t5", rows=("export",)),
 }
 MOST_EXPORT_MEMORY = 2.5 * GIB
 MOST_EXPORT_READS, MOST_EXPORT_SECONDS = 6, 600
@@ -398,7 +402,8 @@ def run(
 
     for model in models or SUBJECTS:
         own = found["rows"].setdefault(model, {})
-        for name, measure in MEASURES.items():
+        for name in SUBJECTS[model].rows if model in SUBJECTS else MEASURES:
+            measure = MEASURES[name]
             record(own, name, f"{model}: {name}", partial(measure, place_of(scratch, model)))
     ordinary = partial(measure_ordinary, scratch, ORDINARY_MODEL, ORDINARY_DEPTHS, 64)
     record(found, ORDINARY, "the ordinary way", ordinary)
@@ -460,14 +465,18 @@ def _export_memory(rows: Row, _: Subject | None) -> str:
     return shown + _verdict(row["peak_bytes"] <= MOST_EXPORT_MEMORY)
 
 
+_STAGES = {": weights": "weights stored", ": parity": "compared with torch"}
+
+
 def _export_time(rows: Row, _: Subject | None) -> str:
     if (row := rows.get("export")) is None:
         return _MISSING
     reads = row["seconds"] / row["seconds_to_read"]
     met = reads <= MOST_EXPORT_READS and row["seconds"] <= MOST_EXPORT_SECONDS
     one = f"{row['checkpoint_bytes'] / GB:.1f} GB read in {row['seconds_to_read']:.0f} s"
-    stages = {name: row["stages"][f"transformer: {name}"] for name in ("weights", "parity")}
-    of = f"weights stored in {stages['weights']} s, compared with torch in {stages['parity']} s"
+    stages = row["stages"]
+    seconds = {kind: sum(stages[name] for name in stages if name.endswith(kind)) for kind in _STAGES}
+    of = ", ".join(f"{text} in {seconds[kind]} s" for kind, text in _STAGES.items())
     return f"{row['seconds']:.0f} s, {reads:.1f} × one read ({one}); {of}{_verdict(met)}"
 
 

@@ -2,12 +2,13 @@
 
     python -m benchmarks.synthetic sd3.5-large-turbo-pruned DIRECTORY      # 13 GB
     python -m benchmarks.synthetic flux.1-schnell-pruned DIRECTORY         # 17 GB
+    python -m benchmarks.synthetic t5-xxl DIRECTORY                        # 11 GB
 
 The transformer is that of a pruned student, in sharded bfloat16 safetensors as it would be published. Nothing
 larger than a few chunks of one tensor is ever in memory. Linears are drawn so that what flows through all
 blocks neither dies out nor overflows, and AdaLN's smaller, for in a trained transformer a block changes what
 flows through it by little. Text encoders and the decoder have the widths that the transformer
-expects and hardly any depth.
+expects and hardly any depth, but for the T5 of `t5-xxl`, beside which the transformer has none.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shutil
 import string
 import zlib
 from collections import deque
@@ -56,8 +59,13 @@ _CHUNK = 1 << 24
 """Weights drawn at a time; with a chunk for each thread and one being written, far below half a gigabyte."""
 _THREADS = 2
 _STEM = "diffusion_pytorch_model"
-_MODULATION = 0.25
-"""Of the linears of AdaLN within the blocks, beside others."""
+_GAINS = {
+    r"\.norm\w*\.linear\.weight$": 0.25,  # AdaLN within the blocks
+    r"\.(o|wo)\.weight$": 0.25,  # what T5 adds to its states, which begin as
+    r"^shared\.weight$": 64.0,  # embeddings of this size
+    r"\.q\.weight$": 0.125,  # T5 does not scale its scores
+}
+"""Of the deviation that keeps the size of what a linear is given, where it is another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +81,8 @@ class Student:
     """Of the CLIP text encoders."""
     clip_tokens: int = 77
     t5_tokens: int = 256
+    t5: Mapping[str, int] | None = None
+    """Geometry of its T5; None takes one of hardly any depth."""
     size: int = 1024
     """Pixels on a side."""
     shift: float
@@ -91,6 +101,15 @@ _SD35_LARGE = {
     "pooled_projection_dim": 2048,
     "pos_embed_max_size": 192,
     "qk_norm": "rms_norm",
+}
+
+_T5_XXL = {
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_layers": 24,
+    "num_heads": 64,
+    "vocab_size": 32128,
 }
 
 STUDENTS = {
@@ -114,6 +133,15 @@ STUDENTS = {
         clip_widths=(768,),
         shift=1.0,
         scaling=(0.3611, 0.1159),
+    ),
+    # The text encoder that Stable Diffusion 3.5 and FLUX.1 share, beside as little as a pipeline can have.
+    "t5-xxl": Student(
+        kind=SD3,
+        config={**_SD35_LARGE, "num_layers": 2},
+        clip_widths=(768, 1280),
+        t5=_T5_XXL,
+        shift=3.0,
+        scaling=(1.5305, 0.0609),
     ),
     "tiny-sd3.5": Student(
         kind=SD3,
@@ -186,9 +214,19 @@ def write_student(
         raise ToolchainError(f"there is no synthetic model {name!r}; there are {', '.join(STUDENTS)}")
     student = STUDENTS[name]
     transformer = skeleton(student, blocks)
+    shown = progress or (lambda *_: None)
     with new_directory(directory) as path:
-        write_transformer(path / "transformer", transformer, seed, shard_bytes, progress or (lambda *_: None))
+        transformer.save_config(path / "transformer")
+        write_weights(path / "transformer", transformer, _STEM, seed, shard_bytes, shown)
         _write_small_parts(path, student, seed)
+        if student.t5 is not None:
+            part = path / "text_encoder_3"
+            shutil.rmtree(part)
+            with torch.device("meta"):
+                t5 = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", dtype="bfloat16", **student.t5))
+            t5.config.architectures = [type(t5).__name__]
+            t5.config.save_pretrained(part)
+            write_weights(part, t5, "model", seed, shard_bytes, shown)
 
 
 def skeleton(student: Student, blocks: int | None = None) -> Any:
@@ -210,25 +248,29 @@ def skeleton(student: Student, blocks: int | None = None) -> Any:
     return view.without(gone, "zero").transformer
 
 
-def write_transformer(
-    directory: Path, transformer: Any, seed: int, shard_bytes: int, progress: Callable[[int, int], None]
+def write_weights(
+    directory: Path,
+    module: Any,
+    stem: str,
+    seed: int,
+    shard_bytes: int,
+    progress: Callable[[int, int], None],
 ) -> None:
-    """Write the config and random bfloat16 weights of a transformer on the meta device, in shards."""
-    directory.mkdir()
-    transformer.save_config(directory)
-    tensors = {name: tuple(item.shape) for name, item in transformer.state_dict().items()}
+    """Write random bfloat16 weights of a module on the meta device, in shards named by the stem."""
+    tied = getattr(module, "all_tied_weights_keys", None) or {}
+    tensors = {name: tuple(item.shape) for name, item in module.state_dict().items() if name not in tied}
     shards = _shards(tensors, shard_bytes)
     total = 2 * sum(map(math.prod, tensors.values()))
     weight_map: dict[str, str] = {}
     done = 0
     with ThreadPoolExecutor(_THREADS) as pool:
         for number, names in enumerate(shards, start=1):
-            file = f"{_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+            file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
             weight_map |= dict.fromkeys(names, file)
             with (directory / file).open("wb") as stream:
                 stream.write(_header({name: tensors[name] for name in names}))
                 for name in names:
-                    for chunk in _chunks(transformer, name, tensors[name], seed, pool):
+                    for chunk in _chunks(module, name, tensors[name], seed, pool):
                         stream.write(chunk.data)
                         done += chunk.nbytes
                         progress(done, total)
@@ -237,7 +279,7 @@ def write_transformer(
                 # What is written is read next by something else, and until then only pushes other files out.
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(directory / f"{_STEM}.safetensors.index.json", index)
+    write_json(directory / f"{stem}.safetensors.index.json", index)
 
 
 def _shards(tensors: Mapping[str, tuple[int, ...]], most: int) -> list[list[str]]:
@@ -266,11 +308,11 @@ def _header(tensors: Mapping[str, tuple[int, ...]]) -> bytes:
 
 
 def _chunks(
-    transformer: Any, name: str, shape: tuple[int, ...], seed: int, pool: ThreadPoolExecutor
+    module: Any, name: str, shape: tuple[int, ...], seed: int, pool: ThreadPoolExecutor
 ) -> Iterator[Bits16]:
     """The bits of a tensor, in pieces."""
     if name == "pos_embed.pos_embed":
-        yield from _position_table(transformer.config)
+        yield from _position_table(module.config)
         return
     mean, deviation = _distribution(name, shape)
     # Half a step from either end, or the first would be infinite.
@@ -298,7 +340,7 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
         return 0.0, 0.02
     if len(shape) == 1:  # the weight of a norm
         return 1.0, 0.02
-    gain = _MODULATION if ".norm" in name else 1.0
+    gain = next((gain for pattern, gain in _GAINS.items() if re.search(pattern, name)), 1.0)
     return 0.0, gain / math.sqrt(math.prod(shape[1:]))
 
 

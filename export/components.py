@@ -6,7 +6,7 @@ Nothing here holds more of a model than one block, or one layer of an encoder, i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,8 +178,11 @@ def export_text_encoder(
     encoder, weights = getattr(model.pipeline, name), model.weights(name)
     length = max_length(model, name.removeprefix("text_encoder"))
     graph = lower_text_encoder(encoder, weights)
-    with streamed(encoder, weights):
-        cases = text_encoder_cases(encoder, (length, max(2, length // 2)))
+
+    def cases() -> list[parity.Case]:
+        with streamed(encoder, weights):
+            return text_encoder_cases(encoder, (length, max(2, length // 2)))
+
     bits_of = encoder_bits(encoder, bits)
     kind = _WEIGHTS[bits] if is_t5(encoder) else _plain(bits)
     return _export_plain(name, graph, weights, cases, directory, bits_of, group_size, kind, bar)
@@ -193,8 +196,11 @@ def export_vae_decoder(model: Model, bits: Bits, bar: Bar, directory: Path) -> C
     """
     vae, weights = model.pipeline.vae, model.weights("vae")
     graph = lower_vae_decoder(vae, weights)
-    with streamed(vae, weights):
-        cases = decoder_cases(vae)
+
+    def cases() -> list[parity.Case]:
+        with streamed(vae, weights):
+            return decoder_cases(vae)
+
     plain: Bits = 32 if bits == 32 else 16
     return _export_plain(
         "vae_decoder",
@@ -217,7 +223,7 @@ def _export_plain(
     name: str,
     graph: ir.Model,
     weights: Mapping[str, Any],
-    cases: Sequence[parity.Case],
+    cases: Callable[[], Sequence[parity.Case]],
     directory: Path,
     bits_of: BitsOf,
     group_size: int,
@@ -237,7 +243,11 @@ def _export_plain(
     _save(graph, stored, directory / GRAPH)
     path = f"{name}/{GRAPH}"
     lint_graphs([directory / GRAPH], _bits_stored(stored.report))
-    rows = check_graph(directory / GRAPH, cases, stage=name, graph=path, weights=kind)
+    advance = bar(f"{name}: parity", 2)
+    expected = cases()
+    advance()
+    rows = check_graph(directory / GRAPH, expected, stage=name, graph=path, weights=kind)
+    advance()
     return Component(
         graphs=[format.Graph(path=path, activations="float32", weights=kind)],
         parity=rows,
