@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+from onnx_ir.passes.common import ShapeInferencePass
+
+from deploy.memory import give_back
 
 __all__ = ["parity_session", "part_session", "run_in_pieces"]
 
@@ -38,6 +41,7 @@ def run_in_pieces(
         The outputs for each of the inputs.
     """
     model = ir.load(path)
+    ShapeInferencePass()(model)  # an input of a piece needs a type, and not every value in a file has one
     types = {value.name: value.dtype for value in model.graph.inputs}
     known = [{name: _typed(array, types[name]) for name, array in feed.items()} for feed in feeds]
     constants = _constants(model.graph)
@@ -53,6 +57,8 @@ def run_in_pieces(
             values |= dict(zip(kept, found, strict=True))
             for name in values.keys() - needed:
                 del values[name]
+        del session
+        give_back()
     return [[values[name] for name in outputs] for values in known]
 
 
