@@ -22,7 +22,7 @@ from toolchain.families.mmdit import TextStates
 
 __all__ = ["LARGEST", "Drift", "measure_drift"]
 
-LARGEST = 500_000_000
+LARGEST = 100_000_000
 """Parameters of a transformer that are held in float32, and sampled with, for the sake of a comparison."""
 
 _LARGEST_SIDE = 32
