@@ -92,6 +92,7 @@ def test_export_sees_only_the_doors_of_its_neighbours() -> None:
         "profiles",
         "deploy.bundle",
         "deploy.errors",
+        "deploy.memory",
     )
     graph = grimp.build_graph("toolchain", "export", "deploy", "profiles", cache_dir=None)
     seen = {
