@@ -39,10 +39,8 @@ def choose_keep(bundle: Bundle, variant: Variant, available: int | None) -> tupl
     needed = _BYTES_PER_FILE_BYTE * loaded_bytes(bundle, variant)
     keep: Keep = "all" if needed <= available else "one"
     what = "all parts stay loaded" if keep == "all" else "parts are loaded one at a time"
-    return (
-        keep,
-        f"{what}: together they take {decimal(needed)}, and {decimal(available)} of memory are available",
-    )
+    sizes = f"together they take {decimal(needed)}, and {decimal(available)} of memory are available"
+    return keep, f"{what}: {sizes}"
 
 
 def loaded_bytes(bundle: Bundle, variant: Variant) -> int:

@@ -1,8 +1,8 @@
 """Graphs as onnxruntime wants them on this processor, kept in files that are mapped into memory.
 
 onnxruntime rearranges weights for the processor when it opens a graph, which takes longer than to read them,
-and holds both forms in memory. Written once with the rearranged ones, the graph opens in a second, and what
-is resident of it are the pages of one form, which the system can drop.
+and holds both forms in memory. Written once with the rearranged ones, the graph opens in a fraction of that
+time, and what is resident of it are the pages of one form, which the system can drop.
 """
 
 from __future__ import annotations
