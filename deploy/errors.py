@@ -14,6 +14,10 @@ class BundleError(DeployError):
     """A bundle directory that is not what its manifest says, or a manifest that is not one of ours."""
 
 
+class Cancelled(DeployError):
+    """The caller wanted the picture no longer."""
+
+
 @contextmanager
 def extra(name: str) -> Iterator[None]:
     """Import what an optional extra of the distribution installs.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from deploy.bundle import Bundle, Variant, open_bundle
-from deploy.errors import DeployError, extra
+from deploy.errors import Cancelled, DeployError, extra
 from deploy.memory import Keep, available_bytes, choose_keep
 from deploy.prepared import cache_directory
 from deploy.sampler import euler_step, sigmas
@@ -140,6 +140,7 @@ class EdgePipeline:
         latents: Floats | None = None,
         allow_flat: bool = False,
         on_step: Callable[[int, int], None] | None = None,
+        cancel: Callable[[], bool] | None = None,
     ) -> Result:
         """Make `num_images` pictures of each prompt. What is left out comes from the bundle's defaults.
 
@@ -154,22 +155,21 @@ class EdgePipeline:
             allow_flat: Whether a picture of a single colour is a result, as it is to whoever measures
                 quality, and not an error.
             on_step: Called after each step with how many are done, and of how many.
+            cancel: Asked before each step and before the pictures are decoded whether to stop.
 
         Raises:
+            Cancelled: `cancel` said so.
             DeployError: The request does not fit the model, a part failed, or what came out is no picture.
         """
         start, loaded = time.perf_counter(), self._load_ms
         defaults, architecture = self.bundle.manifest.defaults, self.bundle.manifest.architecture
         steps = defaults.num_inference_steps if steps is None else steps
-        self._check_guidance(negative_prompt, guidance_scale)
+        self.check(negative_prompt, guidance_scale=guidance_scale, height=height, width=width)
         guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         height = defaults.height if height is None else height
         width = defaults.width if width is None else width
-        self._check_size(height=height, width=width)
         if num_images < 1:
             raise DeployError(f"num_images must be one at least, not {num_images}.")
-        if not np.isfinite(guidance_scale):
-            raise DeployError(f"guidance_scale must be a number, not {guidance_scale}.")
         prompts = _prompts("prompt", prompt)
         guided = architecture.classifier_free and guidance_scale > 1
         negatives = _prompts("negative_prompt", negative_prompt, len(prompts)) if guided else []
@@ -189,6 +189,7 @@ class EdgePipeline:
         hidden, pooled = (np.repeat(encoding, num_images, axis=0) for encoding in (hidden, pooled))
         state, step_ms = noise, []
         for step, timestep in enumerate(timesteps):
+            _stop_if(cancel)
             clock = self._clock()
             velocity = self._velocity(state, timestep, hidden, pooled, guidance_scale, guided=guided)
             if not np.isfinite(velocity).all():
@@ -201,6 +202,7 @@ class EdgePipeline:
             step_ms.append(self._clock() - clock)
             if on_step is not None:
                 on_step(step + 1, steps)
+        _stop_if(cancel)
         clock = self._clock()
         pixels = self._decode(state)
         decode_ms = self._clock() - clock
@@ -223,6 +225,47 @@ class EdgePipeline:
             ),
             variant=self.variant,
         )
+
+    def check(
+        self,
+        negative_prompt: str | Sequence[str] = "",
+        *,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> None:
+        """Refuse what this model cannot heed or make. What is left out comes from the bundle's defaults.
+
+        Raises:
+            DeployError: Guidance, or a size, that is not the model's.
+        """
+        self._check_guidance(negative_prompt, guidance_scale)
+        if guidance_scale is not None and not np.isfinite(guidance_scale):
+            raise DeployError(f"guidance_scale must be a number, not {guidance_scale}.")
+        defaults = self.bundle.manifest.defaults
+        self._check_size(
+            height=defaults.height if height is None else height,
+            width=defaults.width if width is None else width,
+        )
+
+    def load(self) -> None:
+        """Load every part now, and not when it is first used, so that a part that cannot run is found."""
+        for component in self.bundle.manifest.graphs:
+            self._session(component)
+        for tokenizer in self.bundle.manifest.tokenizers:
+            self._tokenizer(tokenizer)
+
+    @property
+    def size_unit(self) -> int:
+        """Pixels that the height and width of a picture are multiples of."""
+        architecture = self.bundle.manifest.architecture
+        return architecture.vae_scale_factor * architecture.patch_size
+
+    @property
+    def largest_size(self) -> int:
+        """Pixels of the largest height or width."""
+        architecture, unit = self.bundle.manifest.architecture, self.size_unit
+        return architecture.max_latent_size * architecture.vae_scale_factor // unit * unit
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -414,9 +457,7 @@ class EdgePipeline:
             )
 
     def _check_size(self, **sizes: int) -> None:
-        architecture = self.bundle.manifest.architecture
-        unit = architecture.vae_scale_factor * architecture.patch_size
-        most = architecture.max_latent_size * architecture.vae_scale_factor // unit * unit
+        unit, most = self.size_unit, self.largest_size
         for name, size in sizes.items():
             if size % unit or not unit <= size <= most:
                 nearest = min(max(round(size / unit), 1), most // unit) * unit
@@ -440,6 +481,11 @@ def save_png(images: Sequence[Image.Image], path: str | PathLike[str]) -> None:
         strip.save(path, format="PNG")
     except OSError as error:
         raise DeployError(f"Cannot write the picture {path}: {error.strerror or error}.") from error
+
+
+def _stop_if(cancel: Callable[[], bool] | None) -> None:
+    if cancel is not None and cancel():
+        raise Cancelled("The picture was cancelled before it was finished.")
 
 
 def _prompts(name: str, given: str | Sequence[str], count: int | None = None) -> list[str]:

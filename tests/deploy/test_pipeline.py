@@ -20,7 +20,7 @@ from transformers import CLIPTokenizer
 
 from deploy import pipeline, session
 from deploy.bundle import MANIFEST, manifest_to_json, open_bundle
-from deploy.errors import DeployError
+from deploy.errors import Cancelled, DeployError
 from deploy.pipeline import EdgePipeline, Result, save_png
 from deploy.session import Session
 
@@ -139,6 +139,41 @@ def test_defaults_are_those_of_the_bundle(pipe: EdgePipeline) -> None:
     explicit = pipe("a star", "", steps=4, guidance_scale=3.0, height=64, width=64, num_images=1, seed=0)
     assert (pictures(made) == pictures(explicit)).all()
     assert made.variant.target == "cpu-x86"
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_cancelled_picture_takes_no_further_step(pipe: EdgePipeline, steps: int) -> None:
+    """After as many steps as this; the last of them is the decoder's turn."""
+    done: list[int] = []
+    with pytest.raises(Cancelled):
+        pipe("a star", on_step=lambda step, _: done.append(step), cancel=lambda: len(done) == steps)
+    assert len(done) == steps
+    assert "vae_decoder" not in pipe._sessions
+
+
+def test_pipeline_that_was_cancelled_paints_the_next_picture(pipe: EdgePipeline) -> None:
+    with pytest.raises(Cancelled):
+        pipe("a star", cancel=lambda: True)
+    made = pipe("a star", cancel=lambda: False)
+    assert (pictures(made) == pictures(pipe("a star"))).all()
+
+
+def test_request_is_checked_before_it_is_made(pipe: EdgePipeline) -> None:
+    pipe.check("a star", guidance_scale=2.0, height=32, width=128)
+    with pytest.raises(DeployError, match="width 144"):
+        pipe.check(width=144)
+    with pytest.raises(DeployError, match="guidance_scale must be a number"):
+        pipe.check(guidance_scale=float("inf"))
+    assert (pipe.size_unit, pipe.largest_size) == (16, 128)
+
+
+def test_parts_are_loaded_when_asked_for(make_bundle: MakeBundle, opened: list[str]) -> None:
+    pipe = EdgePipeline.open(make_bundle(), target="cpu-x86", threads=1)
+    assert opened == []
+    pipe.load()
+    assert sorted(opened) == ["text_encoder", "text_encoder_2", "transformer", "vae_decoder"]
+    assert pipe("a star").timings_ms["load"] == 0
+    assert len(opened) == 4
 
 
 def test_timings_add_up(pipe: EdgePipeline) -> None:
