@@ -252,9 +252,16 @@ class Worker(Generic[P]):
             return
         self.opened.set_result(painter)
         while (job := self._next()) is not None:
+            start = time.perf_counter()
             try:
                 self._paint(painter, job)
                 job.tell(Ended(error=None))
+                logger.info(
+                    "Painted %d of %d asked for, in %.2f s.",
+                    job.request.num_images - job.pictures_left,
+                    job.request.num_images,
+                    time.perf_counter() - start,
+                )
             except Exception as error:
                 # A job that has ended was cancelled, and whoever asked for it knows.
                 if not job.ended:

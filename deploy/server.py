@@ -21,7 +21,7 @@ from deploy.web import build_app
 with extra("serve"):
     import uvicorn
 
-__all__ = ["serve"]
+__all__ = ["ServerOfWorker", "serve"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=int(limits.grace_seconds) + 5,
     )
-    server = _Server(config, worker, limits.grace_seconds)
+    server = ServerOfWorker(config, worker, limits.grace_seconds)
     worker.opened.add_done_callback(lambda opened: server.stop_if(opened.exception() is not None))
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn has handlers of its own while it runs, and raises the signal once more after it.
@@ -94,18 +94,21 @@ def serve(
         os._exit(0)
 
 
-class _Server(uvicorn.Server):
+class ServerOfWorker(uvicorn.Server):
     """Refuses what waits before it waits for what is being answered."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker[EdgePipeline], grace: float) -> None:
+        """Take a worker to drain when the server stops, with so many seconds for what it paints."""
         super().__init__(config)
         self._worker, self._grace = worker, grace
 
     def stop_if(self, failed: bool) -> None:
+        """Stop as a signal makes it stop."""
         if failed:
             self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain the worker, then close connections as they are answered."""
         self._worker.drain(self._grace)
         await super().shutdown(sockets)
 

@@ -49,6 +49,7 @@ _EXTRA_OF = {
     ),
     **dict.fromkeys(("onnx", "onnxscript", "onnx_ir", "nncf", "polygraphy"), "export"),
     **dict.fromkeys(("onnxruntime", "tokenizers", "PIL", "numpy"), "edge"),
+    **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
     "tensorrt_rtx": "rtx",
 }
 
@@ -488,6 +489,73 @@ def run(
     save_png(result.images, output)
     facts = {"output": str(output), "variant": asdict(result.variant), "timings_ms": result.timings_ms}
     _emit(facts, as_json, lambda: print_(f"{output}  ({result.variant.target}, {result.variant.runtime})"))
+
+
+@app.command()
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any that is free.", min=0, max=65535)] = 8000,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with the token that clients send; or set HPTOOL_TOKEN.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen to other machines without a token.")
+    ] = False,
+    queue: Annotated[
+        int, typer.Option(help="Requests that may wait; more are told to come again later.", min=0)
+    ] = 16,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds until a request is given up, waiting included.", min=1)
+    ] = 300,
+    grace: Annotated[
+        float, typer.Option(help="Seconds for the picture being painted when the server is to stop.", min=0)
+    ] = 30,
+    max_images: Annotated[int, typer.Option(help="Pictures of one request.", min=1)] = 4,
+    max_steps: Annotated[int, typer.Option(help="Sampling steps of a picture.", min=1)] = 100,
+    max_size: Annotated[
+        int | None,
+        typer.Option(help="Pixels of the largest height and width; default: what the model can.", min=1),
+    ] = None,
+    max_prompt: Annotated[int, typer.Option(help="Characters of a prompt.", min=1)] = 4000,
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="Variant to run; default: the best that runs here.")
+    ] = None,
+    keep: Annotated[
+        Literal["all", "one"] | None,
+        typer.Option(help="Parts that stay in memory; default: all, if they fit into what is free."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Of onnxruntime; default: one for every core.", min=1)
+    ] = None,
+) -> None:
+    """Serve a bundle over HTTP: OpenAI's images API and a web page; needs the `serve` extra."""
+    from deploy.gate import read_token
+    from deploy.images_api import Limits
+    from deploy.pipeline import EdgePipeline
+    from deploy.server import serve as serve_bundle
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("deploy").setLevel(logging.INFO)
+    limits = Limits(
+        queue=queue,
+        timeout_seconds=timeout,
+        grace_seconds=grace,
+        images=max_images,
+        steps=max_steps,
+        side=max_size,
+        prompt_characters=max_prompt,
+    )
+    serve_bundle(
+        bundle,
+        lambda: EdgePipeline.open(bundle, target=target, keep=keep, threads=threads),
+        limits=limits,
+        host=host,
+        port=port,
+        token=read_token(token_file),
+        insecure=insecure,
+        on_listen=lambda address: print_(f"Serving {bundle} on {address}"),
+    )
 
 
 @app.command()

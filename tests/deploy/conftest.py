@@ -5,14 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import onnx
 import pytest
+import uvicorn
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import models, pre_tokenizers, processors
@@ -32,6 +38,11 @@ from deploy.bundle import (
     Variant,
     manifest_to_json,
 )
+from deploy.images_api import Limits
+from deploy.pipeline import EdgePipeline
+from deploy.queue import Event, Job, Request, Worker
+from deploy.server import ServerOfWorker
+from deploy.web import build_app
 from toolchain.shapes.model import build_tokenizer
 
 MakeBundle = Callable[..., Path]
@@ -157,6 +168,124 @@ def make_flux(make_bundle: MakeBundle, t5_tokenizer: PreTrainedTokenizerFast) ->
         return make_bundle(edit, **changes)
 
     return make
+
+
+class Server:
+    """A server on a free port over a small bundle, whose steps can be held."""
+
+    def __init__(self, bundle: Path, *, held: bool, limits: Limits, token: str | None, local: bool) -> None:
+        self._began, self._allowed = threading.Semaphore(0), threading.Semaphore(0)
+        self._held = held
+        self._token = token
+        self.opening = threading.Event()
+        self.opening.set()
+        self.worker = Worker(lambda: self._open(bundle), size=limits.queue)
+        app = build_app(self.worker, name="small", created=123, limits=limits, token=token, local=local)
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}"
+        self._server = ServerOfWorker(
+            uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=10),
+            self.worker,
+            limits.grace_seconds,
+        )
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]})
+
+    def start(self, *, ready: bool) -> None:
+        if not ready:
+            self.opening.clear()
+        self.worker.start()
+        self._thread.start()
+        if ready:
+            self.worker.opened.result(timeout=30)
+
+    def _open(self, bundle: Path) -> EdgePipeline:
+        assert self.opening.wait(30)
+        pipeline = EdgePipeline.open(bundle, target="cpu-x86", threads=1)
+        velocity = pipeline._velocity
+
+        def held(*arguments: Any, **options: Any) -> np.ndarray:
+            self._began.release()
+            assert self._allowed.acquire(timeout=30)
+            return velocity(*arguments, **options)
+
+        if self._held:
+            pipeline._velocity = held  # type: ignore[method-assign]
+        return pipeline
+
+    def allow(self, steps: int) -> None:
+        """Let so many steps be taken."""
+        for _ in range(steps):
+            self._allowed.release()
+
+    def wait_for_step(self) -> None:
+        """Wait until a step begins."""
+        assert self._began.acquire(timeout=30)
+
+    @contextmanager
+    def painting(self) -> Iterator[None]:
+        """Have somebody's picture in the works, which is finished at the end."""
+        ended = threading.Event()
+
+        def hear(event: Event) -> None:
+            if type(event).__name__ == "Ended":
+                ended.set()
+
+        self.worker.submit(Job(Request(prompt="somebody's", steps=1), hear))
+        self.wait_for_step()
+        yield
+        self.allow(1)
+        assert ended.wait(30)
+
+    def outcomes(self) -> dict[str, int]:
+        """How many requests ended how."""
+        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        lines = httpx.get(f"{self.address}/metrics", headers=headers).text.splitlines()
+        start = 'hptool_requests_total{outcome="'
+        found = (line.removeprefix(start).split('"} ') for line in lines if line.startswith(start))
+        return {outcome: int(float(number)) for outcome, number in found}
+
+    def wait_for_outcome(self, outcome: str) -> None:
+        """Wait until a request ended like this."""
+        until = time.monotonic() + 10
+        while outcome not in (seen := self.outcomes()):
+            assert time.monotonic() < until, seen
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """As SIGTERM does."""
+        self._server.should_exit = True
+        self._thread.join(30)
+
+    def close(self) -> None:
+        self.opening.set()
+        self.allow(1000)
+        self.stop()
+        assert self.worker.join(30)
+
+
+@pytest.fixture
+def make_server(make_bundle: MakeBundle) -> Iterator[Callable[..., Server]]:
+    """Start a server over a new bundle; `held` makes its steps wait to be allowed."""
+    servers: list[Server] = []
+
+    def make(
+        *,
+        held: bool = False,
+        ready: bool = True,
+        limits: Limits = Limits(),  # noqa: B008 – frozen
+        token: str | None = None,
+        local: bool = True,
+        bundle: Path | None = None,
+    ) -> Server:
+        server = Server(bundle or make_bundle(), held=held, limits=limits, token=token, local=local)
+        servers.append(server)
+        server.start(ready=ready)
+        return server
+
+    yield make
+    for server in servers:
+        server.close()
 
 
 def _manifest(files: dict[str, File]) -> Manifest:
