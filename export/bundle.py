@@ -29,7 +29,14 @@ from export.errors import ExportError
 from export.harm import weight_bits
 from export.lower import Activations
 from export.quantize import Bits
-from export.space import Needs, expected_bytes, memory_bytes, require_space
+from export.space import (
+    NODES_PER_BLOCK,
+    Needs,
+    engine_build_bytes,
+    export_memory_bytes,
+    require_space,
+    stored_bytes,
+)
 from export.tokenizers import export_tokenizer
 from toolchain.artifacts import check_new_directory, new_directory, sha256, write_json
 from toolchain.progress import Bar, silent
@@ -206,14 +213,16 @@ def _needs(
     targets: Sequence[Profile],
     cache: ComponentCache,
 ) -> Needs:
-    sizes = {name: expected_bytes(model, part.source, precision) for name, part in parts.items()}
+    sizes = {name: stored_bytes(model, part.source, precision) for name, part in parts.items()}
     held = {name for name in parts if cache.holds(keys[name])}
     engines = sum(target.runtime != "onnxruntime" for target in targets)
+    nodes = NODES_PER_BLOCK * len(model.mmdit.blocks)
+    building = engine_build_bytes(sizes["transformer"], nodes) if engines else 0
     return Needs(
         components={name: size for name, size in sizes.items() if name not in held},
         cached={name: sizes[name] for name in held},
         engines=engines * sizes["transformer"],
-        memory=memory_bytes(model, sizes["transformer"], engine=engines > 0),
+        memory=max(export_memory_bytes(model), building),
     )
 
 

@@ -49,6 +49,7 @@ __all__ = [
     "export_vae_decoder",
     "max_length",
     "num_tokens",
+    "part_bits",
 ]
 
 GRAPH = "model.onnx"
@@ -201,18 +202,31 @@ def export_vae_decoder(model: Model, bits: Bits, bar: Bar, directory: Path) -> C
         with streamed(vae, weights):
             return decoder_cases(vae)
 
-    plain: Bits = 32 if bits == 32 else 16
     return _export_plain(
         "vae_decoder",
         graph,
         weights,
         cases,
         directory,
-        lambda _: (plain, "the decoder is not quantised"),
+        _decoder_bits(bits),
         64,
         _plain(bits),
         bar,
     )
+
+
+def part_bits(model: Model, part: str, precision: Precision) -> BitsOf:
+    """How the parameters of a part are stored, by their names."""
+    if part == "transformer":
+        return _bits_of_transformer(model.mmdit, precision)
+    if part == "vae":
+        return _decoder_bits(precision.bits)
+    return encoder_bits(getattr(model.pipeline, part), precision.bits)
+
+
+def _decoder_bits(bits: Bits) -> BitsOf:
+    plain: Bits = 32 if bits == 32 else 16
+    return lambda _: (plain, "the decoder is not quantised")
 
 
 def _plain(bits: Bits) -> parity.Weights:
