@@ -119,7 +119,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         ({"runtimes": ("onnxruntime-cpu",)}, "compute_capability is 8.9, but onnxruntime-cpu uses no GPU"),
         (
             {"compute_capability": "9.0"},
-            r"no engines for compute capability 9.0, only for 7.5, .* 12.1: name the runtime tensorrt instead",
+            r"no engines for compute capability 9.0, only for 7.5, .* 12.1: name the runtime tensorrt",
         ),
         (
             {"runtimes": ("onnxruntime-cpu",), "compute_capability": None},
