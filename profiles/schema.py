@@ -257,7 +257,10 @@ def _twice(items: tuple[Any, ...]) -> Any:
 
 def _unknown(name: str) -> str:
     names = available_profiles()
-    near = difflib.get_close_matches(name.lower(), names, n=2, cutoff=0.5)
+    plain = {other.replace("-", ""): other for other in names}
+    typed = name.lower().replace("-", "")
+    near = [other for key, other in plain.items() if typed and key.startswith(typed)]
+    near = near or [plain[key] for key in difflib.get_close_matches(typed, plain, n=2, cutoff=0.5)]
     guess = f" Did you mean {' or '.join(near)}?" if near else ""
     return (
         f"There is no target named {name!r}.{guess} Known targets: {', '.join(names)}; "
