@@ -540,6 +540,8 @@ def targets(
                 "options of `hptool targets show` come after its name, as in show NAME --json"
             )
         return
+    if as_markdown and as_json:
+        raise ToolchainError("--json and --markdown are two forms of one list; choose one")
     if as_markdown:
         from profiles.page import targets_markdown
 
