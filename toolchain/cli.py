@@ -363,7 +363,8 @@ def export(
         str | None, typer.Argument(help="Model to export; default: what `compress` wrote last here.")
     ] = None,
     target: Annotated[
-        list[str] | None, typer.Option("--target", "-t", help="Device profile; may repeat.")
+        list[str] | None,
+        typer.Option("--target", "-t", help="As `hptool targets` lists them, or a .toml file; may repeat."),
     ] = None,
     bits: Annotated[
         str,
