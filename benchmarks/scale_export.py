@@ -54,11 +54,8 @@ PROMPT = "a red circle left of a blue square"
 # A device that takes the float16 graph and no engine, so that the engine can be built by itself.
 _HALF = """name = "half"
 description = "onnxruntime with activations of 16 bits"
-runtime = "onnxruntime"
-memory_gib = 24.0
-activations = "float16"
-weight_bits = 4
-group_size = 64
+extends = "rtx4090"
+runtimes = ["onnxruntime-cuda"]
 max_batch = 1
 """
 

@@ -11,7 +11,7 @@ from rich.filesize import decimal
 
 from deploy.bundle import Bundle, Variant
 
-__all__ = ["Keep", "available_bytes", "choose_keep", "give_back", "loaded_bytes"]
+__all__ = ["Keep", "available_bytes", "choose_keep", "give_back", "loaded_bytes", "total_bytes"]
 
 Keep = Literal["all", "one"]
 """Which parts stay loaded: all of them, or the one that runs."""
@@ -72,6 +72,20 @@ def available_bytes(root: Path = Path("/")) -> int | None:
         except (OSError, KeyError, ValueError):
             continue
     return max(0, min(sizes))
+
+
+def total_bytes(root: Path = Path("/")) -> int | None:
+    """Return the bytes of memory that all processes may take here together, as `available_bytes`."""
+    try:
+        sizes = [1024 * _fields(root / "proc/meminfo")["MemTotal:"]]
+    except (OSError, KeyError, ValueError):
+        return None
+    for limit, *_ in _CGROUPS:
+        try:
+            sizes.append(int((root / "sys/fs/cgroup" / limit).read_text()))
+        except (OSError, ValueError):
+            continue
+    return min(sizes)
 
 
 def give_back(directory: Path | None = None) -> None:

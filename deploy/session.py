@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import logging
 import os
@@ -14,6 +13,7 @@ from typing import Any
 
 from deploy.bundle import Bundle, Variant
 from deploy.errors import DeployError, extra
+from deploy.gpu import gpu_compute_capability
 from deploy.memory import give_back
 from deploy.prepared import MINIMUM_BYTES, WEIGHTS, prepared_graph, processor
 
@@ -26,7 +26,6 @@ __all__ = [
     "EngineSession",
     "Session",
     "choose_variant",
-    "gpu_compute_capability",
     "open_graph",
     "open_variant",
 ]
@@ -292,23 +291,6 @@ def choose_variant(bundle: Bundle, requested: str | None) -> tuple[Variant, list
         f"No variant of {bundle.path} can run here ({'; '.join(reasons)}). "
         "Export again with --target cpu-x86 as well, or run it on its device."
     )
-
-
-def gpu_compute_capability() -> str | None:
-    """Return the compute capability of the first visible CUDA GPU, as in "8.9"; None where there is none."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        return None
-    device, value = ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGet(ctypes.byref(device), 0) != 0:
-        return None
-    numbers = []
-    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device) != 0:
-            return None
-        numbers.append(str(value.value))
-    return ".".join(numbers)
 
 
 def _obstacle(variant: Variant) -> str | None:

@@ -215,7 +215,7 @@ def _needs(
 ) -> Needs:
     sizes = {name: stored_bytes(model, part.source, precision) for name, part in parts.items()}
     held = {name for name in parts if cache.holds(keys[name])}
-    engines = sum(target.runtime != "onnxruntime" for target in targets)
+    engines = sum(target.runtimes[0] == "tensorrt-rtx" for target in targets)
     nodes = NODES_PER_BLOCK * len(model.mmdit.blocks)
     building = engine_build_bytes(sizes["transformer"], nodes) if engines else 0
     return Needs(
@@ -228,7 +228,7 @@ def _needs(
 
 def _export_variant(model: Model, target: Profile, directory: Path, bits: Bits, bar: Bar) -> format.Variant:
     activations: Activations = "float32" if bits == 32 else target.activations
-    if target.runtime == "onnxruntime":
+    if target.runtimes[0] != "tensorrt-rtx":
         return _onnxruntime_variant(target.name, activations)
     assert target.compute_capability is not None
     advance = bar(f"engine for {target.name}", 1)
@@ -244,7 +244,7 @@ def _export_variant(model: Model, target: Profile, directory: Path, bits: Bits, 
     advance()
     return format.Variant(
         target=target.name,
-        runtime=target.runtime,
+        runtime="tensorrt-rtx",
         path=path,
         activations=activations,
         compute_capability=target.compute_capability,
@@ -359,7 +359,7 @@ def _require_targets(model: Model, targets: Sequence[Profile], bits: Bits) -> in
             "once. Export a bundle for each."
         )
     for target in targets:
-        if target.runtime != "onnxruntime":
+        if target.runtimes[0] == "tensorrt-rtx":
             require_tensorrt_rtx()
             _latent_sizes(model, target)
     return sizes.pop()

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +16,7 @@ from onnx import TensorProto, helper
 from deploy import session
 from deploy.bundle import open_bundle
 from deploy.errors import DeployError, extra
-from deploy.session import Session, choose_variant, gpu_compute_capability, open_variant
+from deploy.session import Session, choose_variant, open_variant
 
 MakeBundle = Callable[..., Path]
 
@@ -177,39 +175,6 @@ def test_engine_that_cannot_be_loaded_is_a_clear_error(make_bundle: MakeBundle) 
     )
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
     assert f"TensorRT-RTX cannot load {path}: " in done.stdout
-
-
-class Driver:
-    """As much of the CUDA driver as is asked for a GPU of compute capability 8.9."""
-
-    def __init__(self, num_devices: int) -> None:
-        self.num_devices = num_devices
-
-    def cuInit(self, flags: int) -> int:  # noqa: N802
-        return 0 if self.num_devices else 100
-
-    def cuDeviceGet(self, device: Any, ordinal: int) -> int:  # noqa: N802
-        return 0
-
-    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:  # noqa: N802
-        value._obj.value = {75: 8, 76: 9}[attribute]
-        return 0
-
-
-@pytest.mark.parametrize(("num_devices", "expected"), [(1, "8.9"), (0, None)])
-def test_driver_is_asked_for_the_compute_capability(
-    monkeypatch: pytest.MonkeyPatch, num_devices: int, expected: str | None
-) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(num_devices))
-    assert gpu_compute_capability() == expected
-
-
-def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise OSError(name)
-
-    monkeypatch.setattr(ctypes, "CDLL", missing)
-    assert gpu_compute_capability() is None
 
 
 def test_missing_extra_says_how_to_install_it() -> None:

@@ -72,7 +72,7 @@ def gpu() -> Profile:
     """A target that computes in float16; it gets an engine where TensorRT-RTX is installed to build one."""
     profile = load_profile("rtx4090")
     if importlib.util.find_spec("tensorrt_rtx") is None:
-        return dataclasses.replace(profile, runtime="onnxruntime", compute_capability=None)
+        return dataclasses.replace(profile, runtimes=("onnxruntime-cuda",))
     return profile
 
 

@@ -57,7 +57,7 @@ def test_the_files_are_those_of_the_format(bundle: Bundle, gpu: Profile) -> None
     expected = {f"{part}/{name}" for part in parts for name in ("model.onnx", "weights.data")}
     expected |= {"transformer/model.fp16.onnx", "parity.json"}
     expected |= {"tokenizer/tokenizer.json", "tokenizer_2/tokenizer.json"}
-    if gpu.runtime != "onnxruntime":
+    if gpu.runtimes[0] == "tensorrt-rtx":
         expected.add("engines/rtx4090/transformer.engine")
     assert bundle.manifest.files.keys() == expected
 
@@ -265,6 +265,17 @@ def test_a_picture_size_the_model_cannot_make_is_refused(model: Model, gpu: Prof
     pytest.importorskip("tensorrt_rtx")
     large = dataclasses.replace(gpu, buckets=((64, 64), (64, 1024)))
     assert "64x1024" in refusal(model, [large], tmp_path)
+
+
+def test_a_profile_of_ones_own_that_extends_another_is_a_target(
+    on_disk: Model, cache: ComponentCache, tmp_path: Path
+) -> None:
+    text = 'name = "mine"\ndescription = "Mine"\nextends = "rtx4090"\nruntimes = ["onnxruntime-cuda"]\n'
+    (tmp_path / "mine.toml").write_text(text)
+    target = load_profile(str(tmp_path / "mine.toml"))
+    made = export_bundle(on_disk, targets=[target], output=tmp_path / "bundle", cache=cache)
+    mine = next(variant for variant in made.manifest.variants if variant.target == "mine")
+    assert (mine.activations, mine.path) == ("float16", "transformer/model.fp16.onnx")
 
 
 def test_no_target_is_refused(model: Model, tmp_path: Path) -> None:
