@@ -56,6 +56,8 @@ class Profile:
     memory_gib: float
     """Memory that weights and activations share, in GiB (2^30 bytes): the GPU's, or the machine's where the
     two share it or there is no GPU."""
+    memory_shared: bool = False
+    """Whether a GPU has no memory of its own, but shares the computer's."""
     reserved_gib: float
     """What the system and its display keep of that memory, in GiB."""
     bandwidth_gb_s: float

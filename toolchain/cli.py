@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from deploy.errors import DeployError
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from deploy.doctor import Fault, Verdict
     from deploy.machine import Machine
     from export.calibration import Calibration
+    from export.fit import Fit
     from toolchain.compress import Decision, Outcome
     from toolchain.evaluate import ShapesScore
     from toolchain.families import Model
@@ -107,6 +108,10 @@ ProtectFirst = Annotated[
     int | None, typer.Option(help="Blocks at the start of which nothing goes; default: the rule's own.")
 ]
 ProtectLast = Annotated[int | None, typer.Option(help="The same at the end.")]
+WithoutT5 = Annotated[
+    Literal["t5"] | None,
+    typer.Option("--without", help="Leave out the T5 text encoder of Stable Diffusion 3."),
+]
 OfGrain = Annotated[Grain, typer.Option(help="What the rule hpp-iterative removes.")]
 
 
@@ -246,6 +251,10 @@ def compress(
     grain: OfGrain = "components",
     analysis: Analysis = None,
     num_prompts: NumPrompts = 16,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", "-t", help="In place of --ratio: as little as lets it fit on that device."),
+    ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="A plan of `hptool plan`, in place of all that decides one.")
     ] = None,
@@ -286,6 +295,10 @@ def compress(
 
     student = output or Path(f"{_name(model)}-student")
     check_new_directory(student)
+    if target is not None:
+        if any(item is not None for item in (ratio, max_bytes, max_flops, remove, plan)):
+            raise ToolchainError("--target chooses the ratio, so it takes no other limit and no plan")
+        ratio = _ratio_for(model, target)
     opened = open_model(model, precision=precision)
     decision = _decision(
         opened,
@@ -381,9 +394,7 @@ def export(
         float | None,
         typer.Option(help="Relative error of the velocity that rounding may cause; 0.2 for 4 bits.", min=0.0),
     ] = None,
-    without: Annotated[
-        Literal["t5"] | None, typer.Option(help="Leave out the T5 text encoder of Stable Diffusion 3.")
-    ] = None,
+    without: WithoutT5 = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory to write the bundle to.")
     ] = None,
@@ -564,6 +575,39 @@ def show_target(
 
 
 @app.command()
+def fit(
+    model: Annotated[
+        str, typer.Argument(help="A model as for `compress`; of a published one or a directory, no weights.")
+    ] = "shapes",
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="Device profile; may repeat; default: all.")
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="Of the weights: 4, 8 or 16; default: each device's own.")
+    ] = None,
+    ratio: Annotated[
+        float, typer.Option(help="Share of the transformer's parameters to take for gone.", min=0, max=0.9)
+    ] = 0.0,
+    remove: Remove = None,
+    without: WithoutT5 = None,
+    as_json: Json = False,
+) -> None:
+    """Say on which devices a model fits, and what would have to go for the rest; needs no weights."""
+    from export.fit import fit as measure
+    from toolchain.families import open_model
+
+    opened = open_model(model, precision="config")
+    if without == "t5":
+        opened = opened.without_t5()
+    if remove is not None:
+        opened = opened.without_units(parse_units(remove, opened.geometry))
+    profiles = [load_profile(name) for name in dict.fromkeys(target or available_profiles())]
+    with _bars() as bar:
+        found = measure(opened, profiles, bits=_fit_bits(bits), ratio=ratio, bar=bar)
+    _emit(asdict(found), as_json, lambda: _show_fit(found))
+
+
+@app.command()
 def doctor(
     target: Annotated[
         list[str] | None,
@@ -684,6 +728,12 @@ def _decision(
     )
 
 
+def _fit_bits(bits: int | None) -> Literal[4, 8, 16] | None:
+    if bits not in (None, 4, 8, 16):
+        raise ToolchainError(f"--bits is 4, 8 or 16, not {bits}")
+    return bits  # type: ignore[return-value]
+
+
 def _bits(
     text: str, max_bytes: int | None, calibration: Calibration | None, group_size: int
 ) -> tuple[int, int | None]:
@@ -697,6 +747,31 @@ def _bits(
     if not text.isdecimal():
         raise ToolchainError(f"--bits is 4, 8, 16, 32 or auto, not {text!r}")
     return int(text), None
+
+
+def _ratio_for(model: str, target: str) -> float:
+    """The smallest share of the transformer whose removal lets a model fit on a device."""
+    from export.fit import ModelSize, fit_target
+    from toolchain.families import open_model
+
+    profile = load_profile(target)
+    with _bars() as bar:
+        found = fit_target(
+            ModelSize(open_model(model, precision="config"), bar=bar), profile, profile.weight_bits
+        )
+    ratio = found.least_ratio.get(found.bits)
+    if ratio is None:
+        raise ToolchainError(
+            f"{model} does not fit on {target} even without half of its transformer: it is too large by "
+            f"{decimal(found.missing)} as it is. `hptool fit {model}` shows where the memory goes."
+        )
+    if ratio == 0:
+        raise ToolchainError(
+            f"{model} fits on {target} as it is, in {found.bits} bits: export it, or name a --ratio to make "
+            "it smaller and faster."
+        )
+    _console.print(f"{target} holds {model} without {ratio:.0%} of its transformer, in {found.bits} bits")
+    return ratio
 
 
 _MEMORY = Path(".hptool.json")
@@ -765,6 +840,45 @@ def _show_score(model: str, score: ShapesScore) -> None:
         table.add_row(task, f"{value:.3f}")
     table.add_row("mean", f"{score.mean:.3f} ± {score.standard_error:.3f}", style="bold")
     print_(table)
+
+
+def _show_fit(found: Fit) -> None:
+    parts = Table(
+        "part",
+        *(Column(text, justify="right") for text in ("parameters", "16 bits", "8 bits", "4 bits")),
+        title=found.model,
+    )
+    for name, part in found.parts.items():
+        parts.add_row(name, f"{part.parameters:,}", *(decimal(part.stored[bits]) for bits in (16, 8, 4)))
+    print_(parts)
+    headings = (
+        "memory",
+        "needed",
+        "in turn",
+        "of the host",
+        "16 bits",
+        "8 bits",
+        "4 bits",
+        "a step, at least",
+    )
+    table = Table("target", *(Column(text, justify="right") for text in headings), "verdict")
+    for item in found.targets:
+        least = [item.least_ratio[bits] for bits in (16, 8, 4)]
+        table.add_row(
+            item.target,
+            *map(decimal, (item.available, item.together, item.in_turn)),
+            decimal(item.host) if item.host else "",
+            *("no" if ratio is None else f"{ratio:.0%}" for ratio in least),
+            f"{item.least_step_seconds:.2g} s",
+            item.verdict if not item.missing else f"too large by {decimal(item.missing)}",
+        )
+    print_(table)
+    print_(
+        "Needed: with all parts loaded, and with one at a time. Under 16, 8 and 4 bits: the share of the "
+        "transformer that has to go for it to fit. A step: what the device's peak rates allow, no forecast.\n"
+        f"Export: {decimal(found.export_memory)} of memory, {decimal(found.engine_memory)} to build an "
+        f"engine, {decimal(found.export_disk)} of disk."
+    )
 
 
 def _show_targets(profiles: list[Profile]) -> None:

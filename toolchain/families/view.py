@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from toolchain.families.mmdit import MMDiT
-    from toolchain.geometry import Geometry
+    from toolchain.geometry import Geometry, Semantics, Unit
 
 BUILT_IN = "shapes"
 DEFAULTS_FILE = "generation_defaults.json"
@@ -136,6 +136,19 @@ class Model:
             reason = "has no T5" if self.mmdit.family == "sd3" else "cannot do without its T5"
             raise ToolchainError(f"{self.source} {reason}; of Stable Diffusion 3 and 3.5 it can be left out")
         parts = {**self.pipeline.components, "text_encoder_3": None, "tokenizer_3": None}
+        with _quiet():
+            return dataclasses.replace(self, pipeline=type(self.pipeline)(**parts))
+
+    def without_units(self, removed: Iterable[Unit], semantics: Semantics = "zero") -> Model:
+        """The same model, some of its blocks and components gone from its transformer; weights are shared.
+
+        Raises:
+            ToolchainError: There is no such block or component.
+        """
+        parts = {
+            **self.pipeline.components,
+            "transformer": self.mmdit.without(removed, semantics).transformer,
+        }
         with _quiet():
             return dataclasses.replace(self, pipeline=type(self.pipeline)(**parts))
 
