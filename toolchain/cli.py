@@ -762,15 +762,15 @@ def _ratio_for(model: str, target: str) -> float:
     ratio = found.least_ratio.get(found.bits)
     if ratio is None:
         raise ToolchainError(
-            f"{model} does not fit on {target} even without half of its transformer: it is too large by "
+            f"{model} does not fit on {profile.name} even without half of its transformer: it is too large by "
             f"{decimal(found.missing)} as it is. `hptool fit {model}` shows where the memory goes."
         )
     if ratio == 0:
         raise ToolchainError(
-            f"{model} fits on {target} as it is, in {found.bits} bits: export it, or name a --ratio to make "
+            f"{model} fits on {profile.name} as it is, in {found.bits} bits: export it, or name a --ratio to make "
             "it smaller and faster."
         )
-    _console.print(f"{target} holds {model} without {ratio:.0%} of its transformer, in {found.bits} bits")
+    _console.print(f"{profile.name} holds {model} without {ratio:.0%} of its transformer, in {found.bits} bits")
     return ratio
 
 

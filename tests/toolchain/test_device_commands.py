@@ -119,3 +119,71 @@ def test_the_doctor_shows_what_it_found_and_what_to_do(
     rows = [line.split() for line in shown.splitlines() if line.startswith(("h200", "cpu-x86"))]
     assert rows == [["h200", "yes", "no", "onnxruntime-cpu"], ["cpu-x86", "yes", "-", "onnxruntime-cpu"]]
     assert "To do all that this machine can for h200:\n    pip install 'hptool[tensorrt]'\n" in shown
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A device that `shapes` in 4 bits is a little too large for: it lacks 1 MB."""
+    from export.fit import ModelSize, fit_target
+    from toolchain.families import open_model
+
+    need = fit_target(ModelSize(open_model("shapes", precision="config")), load_profile("rtx4090"), 4).in_turn
+    path = tmp_path_factory.mktemp("profiles") / "small.toml"
+    path.write_text(
+        'name = "small"\ndescription = "A small card"\nextends = "rtx4090"\n'
+        f"memory_gib = {(need - 10**6) / 2**30 + 1}\nreserved_gib = 1\n"
+    )
+    return str(path)
+
+
+def test_fit_says_by_how_much_and_what_would_have_to_go(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small: str
+) -> None:
+    assert hptool(monkeypatch, "fit", "-t", small, "-t", "rtx4090", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    first, second = found["targets"]
+    assert (first["target"], first["verdict"], first["missing"]) == ("small", "does not fit", 10**6)
+    assert first["least_ratio"]["16"] is None
+    assert 0 < first["least_ratio"]["4"] < 0.5
+    assert second["verdict"] == "fits"
+    monkeypatch.setenv("COLUMNS", "150")
+    assert hptool(monkeypatch, "fit", "-t", small) == 0
+    out = capsys.readouterr().out
+    assert "too large by 1.0 MB" in out
+    assert f"{first['least_ratio']['4']:.0%}" in out
+
+
+def test_compress_takes_its_ratio_from_a_target(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small: str, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--rule", "koala", "--num-prompts", "2", "--steps", "0", "--per-task", "0", "--json"]
+    assert hptool(monkeypatch, "compress", "--target", small, "-o", "student", *options) == 0
+    outcome = json.loads(capsys.readouterr().out)
+    assert hptool(monkeypatch, "fit", "student", "-t", small, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["targets"][0]["missing"] == 0
+    assert outcome["ratio_reached"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["fit", "--bits", "5"], "--bits is 4, 8 or 16, not 5"),
+        (["fit", "nobody-has-this"], "there is no model 'nobody-has-this'"),
+        (["fit", "-t", "rtx4091"], "Did you mean"),
+        (["fit", "--remove", "99"], "there is no block 99"),
+        (["compress", "--target", "rtx4090", "-o", "x"], "shapes fits on rtx4090 as it is"),
+        (["compress", "--target", "rtx4090", "--ratio", "0.2", "-o", "x"], "takes no other limit"),
+    ],
+)
+def test_a_mistake_is_one_message(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert hptool(monkeypatch, *arguments) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -201,7 +201,8 @@ def open_model(source: str, *, precision: Precision = "float32") -> Model:
             billions of parameters; what is to learn of them is for the training to hold in float32. `none`
             leaves all parameters on the meta device, for `Model.weights` to read one at a time. `config`
             takes the configurations alone, of a model whose weights need not be there: its tensors are zeros
-            that take no memory, and it has no tokenizers. Published models are known by their hub ids.
+            that take no memory, and tokenizers may be missing too. Some published models are known by their
+            hub ids.
 
     Raises:
         ToolchainError: There is no such model, its class is not supported, or its files are damaged.
@@ -306,9 +307,9 @@ def _resolve(source: str, *, config_only: bool) -> Path:
 
     try:
         # Pickled weights and single-file copies are never fetched.
-        patterns = ["*.json", "*/*.json"]
+        patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
         if not config_only:
-            patterns += ["*/*.safetensors", "*/*.txt", "*/*.model"]
+            patterns.append("*/*.safetensors")
         return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns="*.fp16.*"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -347,8 +348,8 @@ def _load(
                     continue
                 made = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
                 weighs = name == "vae" or name.startswith(("text_encoder", "image_encoder"))
-                if precision == "config" and not weighs and name != "scheduler":
-                    parts[name] = None  # tokenizers, whose words nothing is asked about
+                if precision == "config" and not weighs and not where.is_dir():
+                    parts[name] = None  # a tokenizer, which would only say how long prompts may be
                 elif not weighs:
                     parts[name] = made.from_pretrained(where, local_files_only=True)
                 elif precision in ("none", "config"):
