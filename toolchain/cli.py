@@ -770,7 +770,9 @@ def _ratio_for(model: str, target: str) -> float:
             f"{model} fits on {profile.name} as it is, in {found.bits} bits: export it, or name a --ratio to make "
             "it smaller and faster."
         )
-    _console.print(f"{profile.name} holds {model} without {ratio:.0%} of its transformer, in {found.bits} bits")
+    _console.print(
+        f"{profile.name} holds {model} without {ratio:.0%} of its transformer, in {found.bits} bits"
+    )
     return ratio
 
 

@@ -97,6 +97,7 @@ def test_export_sees_only_the_doors_of_its_neighbours() -> None:
         "deploy.bundle",
         "deploy.errors",
         "deploy.memory",
+        "deploy.tiles",
     )
     graph = grimp.build_graph("toolchain", "export", "deploy", "profiles", cache_dir=None)
     seen = {
