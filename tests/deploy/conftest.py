@@ -198,7 +198,16 @@ def _manifest(files: dict[str, File]) -> Manifest:
             for name in components
         },
         variants=[ENGINE, CPU],
-        provenance=Provenance(model="hand-made", base_model=None, license=None, plan_sha256=None, tools={}),
+        provenance=Provenance(
+            model="hand-made",
+            revision=None,
+            base_model=None,
+            base_revision=None,
+            license=None,
+            plan_sha256=None,
+            calibration_sha256=None,
+            tools={},
+        ),
         files=files,
     )
 
