@@ -392,6 +392,7 @@ def export(
     bundle_path = output or Path(Path(source).resolve().name.removesuffix("-student") + "-bundle")
 
     from toolchain.artifacts import check_new_directory, read_json, sha256
+    from toolchain.card import read_card
     from toolchain.plan import plan_from_json
 
     check_new_directory(bundle_path)
@@ -407,6 +408,7 @@ def export(
         model = model.without_t5()
     path = model.path / PLAN_FILE
     plan = plan_from_json(read_json(path)) if path.exists() else None
+    card = read_card(model.path)
     known = None if calibration is None else read_calibration(calibration, model)
     number, budget = _bits(bits, max_bytes, known, targets[0].group_size)
     with _bars() as bar:
@@ -423,6 +425,8 @@ def export(
             bar=bar,
             plan_sha256=None if plan is None else sha256(path),
             base_model=None if plan is None else plan.model,
+            base_revision=card.base_revision,
+            license=card.license,
         )
     files = {name: entry.bytes for name, entry in bundle.manifest.files.items()}
     variants = [asdict(variant) for variant in bundle.manifest.variants]

@@ -86,6 +86,11 @@ class Model:
     """The built-in world whose captions and detector fit this model; None for all others."""
 
     @property
+    def revision(self) -> str | None:
+        """Commit of the repository on the hub that the files are of; None for a model from elsewhere."""
+        return self.path.name if self.path.parent.name == "snapshots" else None
+
+    @property
     def mmdit(self) -> MMDiT:
         """The view of the transformer that every stage uses."""
         return _family(type(self.pipeline).__name__)(
@@ -275,6 +280,7 @@ def _resolve(source: str) -> Path:
     try:
         # Pickled weights and single-file copies are never fetched.
         patterns = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
+        patterns += ["README.md", "LICENSE*", "NOTICE*"]  # on what terms it may be used
         return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns="*.fp16.*"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
