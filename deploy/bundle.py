@@ -38,6 +38,7 @@ __all__ = [
     "Scheduler",
     "Tokenizer",
     "Variant",
+    "bundle_root",
     "manifest_from_json",
     "manifest_to_json",
     "open_bundle",
@@ -251,16 +252,26 @@ def open_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
     Raises:
         BundleError: A file is missing, damaged, a link, not listed, or the manifest cannot be used.
     """
-    root = Path(path)
-    if not root.is_dir():
-        what = "is not a directory" if root.exists() else "does not exist"
-        raise BundleError(f"{root} {what}. Give the directory that `hptool export` wrote.")
+    root = bundle_root(path)
     try:
         return _open(root, verify=verify)
     except OSError as error:
         raise BundleError(
             f"{root} cannot be read: {error}. Check the disk and who may read these files."
         ) from error
+
+
+def bundle_root(path: str | os.PathLike[str]) -> Path:
+    """Return the directory of a bundle.
+
+    Raises:
+        BundleError: It is none.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        what = "is not a directory" if root.exists() else "does not exist"
+        raise BundleError(f"{root} {what}. Give the directory that `hptool export` wrote.")
+    return root
 
 
 def _open(root: Path, *, verify: bool) -> Bundle:

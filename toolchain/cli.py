@@ -56,6 +56,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0)]
 
 
+PublicKey = Annotated[
+    Path | None,
+    typer.Option(help="Public key, in PEM: a bundle that it did not sign is refused."),
+]
 Source = Annotated[
     str, typer.Argument(help="`shapes`, a directory of a diffusers pipeline, or a hub id owner/name.")
 ]
@@ -460,9 +464,16 @@ def run(
         Literal["all", "one"] | None,
         typer.Option(help="Parts that stay in memory; default: all, if they fit into what is free."),
     ] = None,
+    key: PublicKey = None,
+    require_signature: Annotated[
+        bool, typer.Option("--require-signature", help="Refuse to run without a --key to check with.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Paint a picture with a bundle; needs only the `edge` extra."""
+    if require_signature and key is None:
+        raise DeployError("--require-signature needs the public key of whoever is trusted: --key public.pem")
+
     from deploy.pipeline import EdgePipeline
 
     # Why this variant, what is prepared, what of a prompt was left out.
@@ -473,7 +484,7 @@ def run(
     logging.getLogger("deploy").setLevel(logging.INFO)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise DeployError(f"cannot write {output}: it is a directory or lies in none; choose another -o")
-    pipeline = EdgePipeline.open(bundle, target=target, keep=keep)
+    pipeline = EdgePipeline.open(bundle, target=target, keep=keep, key=key)
     with _bars() as bar:
         advance = bar("sampling", steps or pipeline.bundle.manifest.defaults.num_inference_steps)
         result = pipeline(
@@ -492,6 +503,57 @@ def run(
     save_png(result.images, output)
     facts = {"output": str(output), "variant": asdict(result.variant), "timings_ms": result.timings_ms}
     _emit(facts, as_json, lambda: print_(f"{output}  ({result.variant.target}, {result.variant.runtime})"))
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    key: PublicKey = None,
+    as_json: Json = False,
+) -> None:
+    """Check that a bundle is whole and unchanged, and with a key that it is from whom you trust."""
+    from deploy.bundle import MANIFEST, SIGNATURE, open_bundle
+    from deploy.signature import open_signed_bundle
+
+    opened = open_bundle(bundle) if key is None else open_signed_bundle(bundle, key)
+    if key is not None:
+        signature = f"made with the key of {key}"
+    else:
+        signature = "not checked, no --key" if (bundle / SIGNATURE).exists() else "none"
+    files = opened.manifest.files
+
+    def show() -> None:
+        table = Table("file", "bytes", "sha256", title=f"bundle {bundle}")
+        for name, file in files.items():
+            table.add_row(name, f"{file.bytes:,}", file.sha256[:16])
+        print_(table)
+        print_(f"{MANIFEST}: schema {opened.manifest.schema_version}, its parts agree")
+        print_(f"{len(files)} files: all listed, none missing, added or changed; no links")
+        print_(f"signature: {signature}")
+
+    facts = {
+        "bundle": str(bundle),
+        "schema_version": opened.manifest.schema_version,
+        "signature": {"checked": key is not None, "present": (bundle / SIGNATURE).exists()},
+        "provenance": asdict(opened.manifest.provenance),
+        "files": {name: asdict(file) for name, file in files.items()},
+    }
+    _emit(facts, as_json, show)
+
+
+@app.command()
+def sign(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    key: Annotated[Path, typer.Option(help="Private key of an elliptic curve, in PEM.")],
+    as_json: Json = False,
+) -> None:
+    """Sign a bundle, so that devices can tell it from one that somebody else made."""
+    from deploy.bundle import SIGNATURE
+    from deploy.signature import sign_bundle
+
+    sign_bundle(bundle, key, password=os.environ.get("HPTOOL_KEY_PASSWORD"))
+    written = str(bundle / SIGNATURE)
+    _emit({"signature": written}, as_json, lambda: print_(written))
 
 
 @app.command()
