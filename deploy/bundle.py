@@ -42,6 +42,7 @@ __all__ = [
     "manifest_from_json",
     "manifest_to_json",
     "open_bundle",
+    "read_manifest",
     "regular_files",
 ]
 
@@ -275,7 +276,7 @@ def bundle_root(path: str | os.PathLike[str]) -> Path:
 
 
 def _open(root: Path, *, verify: bool) -> Bundle:
-    manifest = manifest_from_json(_read_manifest(root))
+    manifest = read_manifest(root)
     present = regular_files(root) - {MANIFEST, SIGNATURE}
     if missing := sorted(manifest.files.keys() - present):
         raise BundleError(f"{root} lacks {_named(missing)} of its manifest. {_DAMAGED}")
@@ -289,7 +290,12 @@ def _open(root: Path, *, verify: bool) -> Bundle:
     return Bundle(root, manifest)
 
 
-def _read_manifest(root: Path) -> Any:
+def read_manifest(root: Path) -> Manifest:
+    """Read the manifest of a bundle's directory, whose files need not be there yet.
+
+    Raises:
+        BundleError: It is missing, or cannot be used.
+    """
     path = root / MANIFEST
     if path.is_symlink() or not path.is_file():
         raise BundleError(
@@ -299,7 +305,7 @@ def _read_manifest(root: Path) -> Any:
     if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
         raise BundleError(f"{path} has {size} bytes, and at most {MAX_MANIFEST_BYTES} are read. {_DAMAGED}")
     try:
-        return json.loads(
+        data = json.loads(
             path.read_text(encoding="utf-8"),
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
@@ -307,6 +313,7 @@ def _read_manifest(root: Path) -> Any:
         )
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not the JSON it should be: {error}. {_DAMAGED}") from error
+    return manifest_from_json(data)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -56,6 +57,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0)]
 
 
+Address = Annotated[str, typer.Argument(help="hf://owner/name[@revision] or oci://registry/repository:tag.")]
 PublicKey = Annotated[
     Path | None,
     typer.Option(help="Public key, in PEM: a bundle that it did not sign is refused."),
@@ -554,6 +556,41 @@ def sign(
     sign_bundle(bundle, key, password=os.environ.get("HPTOOL_KEY_PASSWORD"))
     written = str(bundle / SIGNATURE)
     _emit({"signature": written}, as_json, lambda: print_(written))
+
+
+@app.command()
+def push(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    destination: Address,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository on the hub that only you see.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a bundle on the Hugging Face hub or in a registry of containers."""
+    from deploy.transfer import push_bundle
+
+    with _bars() as bar:
+        push_bundle(bundle, destination, private=private, bar=bar)
+    facts = {"bundle": str(bundle), "destination": destination}
+    _emit(facts, as_json, lambda: print_(f"Fetch it:  hptool pull {destination} {bundle.resolve().name}"))
+
+
+@app.command()
+def pull(
+    source: Address,
+    directory: Annotated[Path, typer.Argument(help="New directory for the bundle.")],
+    key: PublicKey = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch a bundle, check it, and only then give it its name."""
+    from deploy.transfer import pull_bundle
+
+    with _bars() as bar:
+        bundle = pull_bundle(source, directory, key=key, bar=bar)
+    size = sum(file.bytes for file in bundle.manifest.files.values())
+    facts = {"bundle": str(directory), "bytes": size, "signature_checked": key is not None}
+    _emit(facts, as_json, lambda: print_(f"{directory}  ({decimal(size)})"))
 
 
 @app.command()
