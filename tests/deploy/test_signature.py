@@ -10,14 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    BestAvailableEncryption,
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-)
 from model_signing import hashing, signing
 
 from deploy.bundle import MANIFEST, SIGNATURE, BundleError, open_bundle
@@ -28,22 +20,6 @@ from deploy.signature import open_signed_bundle, sign_bundle
 MakeBundle = Callable[..., Path]
 
 GRAPH = "transformer/model.onnx"
-
-
-@pytest.fixture(scope="session")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with `private.pem`, the same encrypted, and `public.pem`; and a stranger's pair."""
-    directory = tmp_path_factory.mktemp("keys")
-    for prefix in ("", "strangers-"):
-        key = ec.generate_private_key(ec.SECP256R1())
-        form = Encoding.PEM, PrivateFormat.PKCS8
-        (directory / f"{prefix}private.pem").write_bytes(key.private_bytes(*form, NoEncryption()))
-        (directory / f"{prefix}encrypted.pem").write_bytes(
-            key.private_bytes(*form, BestAvailableEncryption(b"secret"))
-        )
-        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-        (directory / f"{prefix}public.pem").write_bytes(public)
-    return directory
 
 
 @pytest.fixture
