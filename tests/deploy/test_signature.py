@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -166,3 +167,44 @@ def test_others_check_it_with_the_librarys_own_command(signed: Path, keys: Path)
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     (signed / GRAPH).write_bytes(b"changed")
     assert subprocess.run(command, capture_output=True, check=False).returncode != 0
+
+
+def hptool(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "toolchain.cli", *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_as_typed_a_bundle_is_verified_signed_and_run(
+    make_bundle: MakeBundle, keys: Path, tmp_path: Path
+) -> None:
+    path, public = str(make_bundle()), str(keys / "public.pem")
+    shown = json.loads(hptool("verify", path, "--json").stdout)
+    assert shown["files"] == json.loads((Path(path) / MANIFEST).read_text())["files"]
+    assert shown["signature"] == {"present": False, "checked": False}
+
+    paint = ("run", path, "a red circle", "--output", str(tmp_path / "out.png"), "--target", "cpu-x86")
+    refused = hptool(*paint, "--require-signature", "--key", public)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith(f"error: {path} is not signed")
+
+    signing = hptool("sign", path, "--key", str(keys / "encrypted.pem"), HPTOOL_KEY_PASSWORD="secret")
+    assert signing.stdout.splitlines() == [str(Path(path) / SIGNATURE)]
+    shown = json.loads(hptool("verify", path, "--key", public, "--json").stdout)
+    assert shown["signature"] == {"present": True, "checked": True}
+    told = hptool("verify", path, "--key", public).stdout
+    assert f"signature: made with the key of {public}" in told.replace("\n", "")
+    assert hptool(*paint, "--require-signature", "--key", public).returncode == 0
+    stranger = hptool(*paint, "--key", str(keys / "strangers-public.pem"))
+    assert stranger.returncode == 2
+    assert "is not what the owner of" in stranger.stderr
+
+
+def test_a_run_that_requires_a_signature_needs_a_key(make_bundle: MakeBundle) -> None:
+    refused = hptool("run", str(make_bundle()), "a red circle", "--require-signature")
+    assert refused.returncode == 2
+    assert "--require-signature needs the public key" in refused.stderr

@@ -20,6 +20,7 @@ from deploy import transfer
 from deploy.bundle import MANIFEST, SIGNATURE, BundleError, open_bundle
 from deploy.errors import DeployError
 from deploy.transfer import pull_bundle, push_bundle
+from toolchain import cli
 
 MakeBundle = Callable[..., Path]
 
@@ -309,3 +310,17 @@ def test_a_directory_that_holds_something_is_left_alone(tmp_path: Path) -> None:
 def test_an_address_of_another_form_is_refused(address: str, tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="is no place for bundles"):
         pull_bundle(address, tmp_path / "pulled")
+
+
+@pytest.mark.parametrize("place", ["oci"], indirect=True)
+def test_as_typed_a_bundle_is_pushed_and_pulled(
+    place: Served, make_bundle: MakeBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.app(["push", str(make_bundle()), place[0], "--json"])
+    assert json.loads(capsys.readouterr().out)["destination"] == place[0]
+    with pytest.raises(SystemExit):
+        cli.app(["pull", place[0], str(tmp_path / "pulled"), "--json"])
+    size = sum(file.bytes for file in open_bundle(tmp_path / "pulled").manifest.files.values())
+    expected = {"bundle": str(tmp_path / "pulled"), "bytes": size, "signature_checked": False}
+    assert json.loads(capsys.readouterr().out) == expected
