@@ -121,11 +121,13 @@ def _parsed(address: str) -> tuple[str, str]:
     scheme, _, place = address.partition("://")
     if scheme == "hf" and place.partition("@")[0].count("/") == 1:
         return scheme, place
-    if scheme == "oci" and "/" in place:
+    host, _, repository = place.partition("/")
+    # Without a dot or a port it would be taken for a part of Docker Hub.
+    if scheme == "oci" and repository and ("." in host or ":" in host):
         return scheme, place
     raise DeployError(
         f"{address!r} is no place for bundles. Give hf://owner/name[@revision] or "
-        "oci://registry/repository:tag."
+        "oci://registry/repository:tag, the registry with its dot or port, as docker.io or localhost:5000."
     )
 
 

@@ -253,6 +253,17 @@ def test_a_place_without_a_bundle_is_one_error(place: Served, tmp_path: Path) ->
     assert not (tmp_path / "pulled").exists()
 
 
+@pytest.mark.parametrize("place", ["hf"], indirect=True)
+def test_a_branch_of_the_hub_is_made_if_it_is_new(
+    place: Served, make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    push_bundle(make_bundle(), f"{place[0]}@v2")
+    assert "POST /api/models/owner/name/branch/v2" in place[2]
+    assert any(line.startswith("POST /api/models/owner/name/commit/v2") for line in place[2])
+    pull_bundle(f"{place[0]}@v2", tmp_path / "pulled")
+    assert any(line.startswith("GET /api/models/owner/name/revision/v2") for line in place[2])
+
+
 @pytest.mark.parametrize("place", ["oci"], indirect=True)
 def test_a_large_file_goes_up_in_chunks_and_comes_down_from_where_it_stopped(
     place: Served, make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -306,7 +317,9 @@ def test_a_directory_that_holds_something_is_left_alone(tmp_path: Path) -> None:
             pull_bundle("oci://127.0.0.1:1/owner/name", target)
 
 
-@pytest.mark.parametrize("address", ["owner/name", "hf://name", "hf://a/b/c", "oci://name", "s3://a/b", ""])
+@pytest.mark.parametrize(
+    "address", ["owner/name", "hf://name", "hf://a/b/c", "oci://name", "oci://owner/name", "s3://a/b", ""]
+)
 def test_an_address_of_another_form_is_refused(address: str, tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="is no place for bundles"):
         pull_bundle(address, tmp_path / "pulled")
