@@ -19,6 +19,7 @@ from deploy.memory import Keep, available_bytes, choose_keep
 from deploy.prepared import cache_directory
 from deploy.sampler import euler_step, sigmas
 from deploy.session import EngineSession, Session, choose_variant, open_graph, open_variant
+from deploy.signature import open_signed_bundle
 from deploy.tiles import TILE, decode_tiled
 
 with extra("edge"):
@@ -98,6 +99,7 @@ class EdgePipeline:
         verify: bool = True,
         keep: Keep | None = None,
         cache: str | PathLike[str] | None = None,
+        key: str | PathLike[str] | None = None,
     ) -> EdgePipeline:
         """Open a bundle directory for this machine.
 
@@ -110,13 +112,15 @@ class EdgePipeline:
                 memory that is available now.
             cache: Directory for large graphs as this processor wants them, which open faster and in less
                 memory from the second time on; None takes `$HPTOOL_CACHE` or the user's own.
+            key: Public key of whoever is trusted to make bundles: one that it did not sign is refused before
+                any of its files is parsed. Every file is read then, whatever `verify` says.
 
         Raises:
-            DeployError: The bundle is damaged, or has no such variant, or it cannot run here.
+            DeployError: The bundle is damaged or not signed, or has no such variant, or it cannot run here.
         """
         if threads is not None and threads < 1:
             raise DeployError(f"A session takes one thread at least, not {threads}.")
-        bundle = open_bundle(path, verify=verify)
+        bundle = open_bundle(path, verify=verify) if key is None else open_signed_bundle(path, key)
         variant, reasons = choose_variant(bundle, target)
         if keep is None:
             keep, reason = choose_keep(bundle, variant, available_bytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,7 @@ from export.space import (
 )
 from export.tokenizers import export_tokenizer
 from toolchain.artifacts import check_new_directory, new_directory, sha256, write_json
+from toolchain.card import licence_files
 from toolchain.progress import Bar, silent
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ def export_bundle(
     bar: Bar = silent,
     plan_sha256: str | None = None,
     base_model: str | None = None,
+    base_revision: str | None = None,
     license: str | None = None,
 ) -> Bundle:
     """Write a pipeline as a bundle for the given devices, each graph compared with torch before it is kept.
@@ -106,7 +109,8 @@ def export_bundle(
         bar: Starts progress bars.
         plan_sha256: Digest of the plan the student was made with.
         base_model: What the student was made of.
-        license: Of the weights.
+        base_revision: Its commit on the hub.
+        license: Of the weights; files that lie with the model and say it in full go into the bundle.
 
     Raises:
         ExportError: The pipeline or a target cannot be exported, a graph differs from torch, or there is not
@@ -150,6 +154,8 @@ def export_bundle(
         if _CPU_TARGET not in {variant.target for variant in variants}:
             variants.append(_onnxruntime_variant(_CPU_TARGET, "float32"))
         write_json(directory / "parity.json", _parity_report(components))
+        for path in licence_files(model.path):
+            shutil.copyfile(path, directory / path.name)
         manifest = format.Manifest(
             schema_version=format.SCHEMA_VERSION,
             architecture=_architecture(model),
@@ -160,9 +166,12 @@ def export_bundle(
             variants=variants,
             provenance=format.Provenance(
                 model=model.source,
+                revision=model.revision,
                 base_model=base_model,
+                base_revision=base_revision,
                 license=license,
                 plan_sha256=plan_sha256,
+                calibration_sha256=None if calibration is None else calibration.sha256,
                 tools=_tool_versions(with_engines=any(variant.compute_capability for variant in variants)),
             ),
             files=_digests(directory, files),

@@ -61,6 +61,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0)]
 
 
+Address = Annotated[str, typer.Argument(help="hf://owner/name[@revision] or oci://registry/repository:tag.")]
+PublicKey = Annotated[
+    Path | None,
+    typer.Option(help="Public key, in PEM: a bundle that it did not sign is refused."),
+]
 Source = Annotated[
     str, typer.Argument(help="`shapes`, a directory of a diffusers pipeline, or a hub id owner/name.")
 ]
@@ -406,6 +411,7 @@ def export(
     bundle_path = output or Path(Path(source).resolve().name.removesuffix("-student") + "-bundle")
 
     from toolchain.artifacts import check_new_directory, read_json, sha256
+    from toolchain.card import read_card
     from toolchain.plan import plan_from_json
 
     check_new_directory(bundle_path)
@@ -421,6 +427,7 @@ def export(
         model = model.without_t5()
     path = model.path / PLAN_FILE
     plan = plan_from_json(read_json(path)) if path.exists() else None
+    card = read_card(model.path)
     known = None if calibration is None else read_calibration(calibration, model)
     number, budget = _bits(bits, max_bytes, known, targets[0].group_size)
     with _bars() as bar:
@@ -437,6 +444,8 @@ def export(
             bar=bar,
             plan_sha256=None if plan is None else sha256(path),
             base_model=None if plan is None else plan.model,
+            base_revision=card.base_revision,
+            license=card.license,
         )
     files = {name: entry.bytes for name, entry in bundle.manifest.files.items()}
     variants = [asdict(variant) for variant in bundle.manifest.variants]
@@ -470,9 +479,16 @@ def run(
         Literal["all", "one"] | None,
         typer.Option(help="Parts that stay in memory; default: all, if they fit into what is free."),
     ] = None,
+    key: PublicKey = None,
+    require_signature: Annotated[
+        bool, typer.Option("--require-signature", help="Refuse to run without a --key to check with.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Paint a picture with a bundle; needs only the `edge` extra."""
+    if require_signature and key is None:
+        raise DeployError("--require-signature needs the public key of whoever is trusted: --key public.pem")
+
     from deploy.pipeline import EdgePipeline
 
     # Why this variant, what is prepared, what of a prompt was left out.
@@ -483,7 +499,7 @@ def run(
     logging.getLogger("deploy").setLevel(logging.INFO)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise DeployError(f"cannot write {output}: it is a directory or lies in none; choose another -o")
-    pipeline = EdgePipeline.open(bundle, target=target, keep=keep)
+    pipeline = EdgePipeline.open(bundle, target=target, keep=keep, key=key)
     with _bars() as bar:
         advance = bar("sampling", steps or pipeline.bundle.manifest.defaults.num_inference_steps)
         result = pipeline(
@@ -502,6 +518,92 @@ def run(
     save_png(result.images, output)
     facts = {"output": str(output), "variant": asdict(result.variant), "timings_ms": result.timings_ms}
     _emit(facts, as_json, lambda: print_(f"{output}  ({result.variant.target}, {result.variant.runtime})"))
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    key: PublicKey = None,
+    as_json: Json = False,
+) -> None:
+    """Check that a bundle is whole and unchanged, and with a key that it is from whom you trust."""
+    from deploy.bundle import MANIFEST, SIGNATURE, open_bundle
+    from deploy.signature import open_signed_bundle
+
+    opened = open_bundle(bundle) if key is None else open_signed_bundle(bundle, key)
+    if key is not None:
+        signature = f"made with the key of {key}"
+    else:
+        signature = "not checked, no --key" if (bundle / SIGNATURE).exists() else "none"
+    files = opened.manifest.files
+
+    def show() -> None:
+        table = Table("file", "bytes", "sha256", title=f"bundle {bundle}")
+        for name, file in files.items():
+            table.add_row(name, f"{file.bytes:,}", file.sha256[:16])
+        print_(table)
+        print_(f"{MANIFEST}: schema {opened.manifest.schema_version}, its parts agree")
+        print_(f"{len(files)} files: all listed, none missing, added or changed; no links")
+        print_(f"signature: {signature}")
+
+    facts = {
+        "bundle": str(bundle),
+        "schema_version": opened.manifest.schema_version,
+        "signature": {"checked": key is not None, "present": (bundle / SIGNATURE).exists()},
+        "provenance": asdict(opened.manifest.provenance),
+        "files": {name: asdict(file) for name, file in files.items()},
+    }
+    _emit(facts, as_json, show)
+
+
+@app.command()
+def sign(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    key: Annotated[Path, typer.Option(help="Private key of an elliptic curve, in PEM.")],
+    as_json: Json = False,
+) -> None:
+    """Sign a bundle, so that devices can tell it from one that somebody else made."""
+    from deploy.bundle import SIGNATURE
+    from deploy.signature import sign_bundle
+
+    sign_bundle(bundle, key, password=os.environ.get("HPTOOL_KEY_PASSWORD"))
+    written = str(bundle / SIGNATURE)
+    _emit({"signature": written}, as_json, lambda: print_(written))
+
+
+@app.command()
+def push(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    destination: Address,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository on the hub that only you see.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a bundle on the Hugging Face hub or in a registry of containers."""
+    from deploy.transfer import push_bundle
+
+    with _bars() as bar:
+        push_bundle(bundle, destination, private=private, bar=bar)
+    facts = {"bundle": str(bundle), "destination": destination}
+    _emit(facts, as_json, lambda: print_(f"Fetch it:  hptool pull {destination} {bundle.resolve().name}"))
+
+
+@app.command()
+def pull(
+    source: Address,
+    directory: Annotated[Path, typer.Argument(help="New directory for the bundle.")],
+    key: PublicKey = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch a bundle, check it, and only then give it its name."""
+    from deploy.transfer import pull_bundle
+
+    with _bars() as bar:
+        bundle = pull_bundle(source, directory, key=key, bar=bar)
+    size = sum(file.bytes for file in bundle.manifest.files.values())
+    facts = {"bundle": str(directory), "bytes": size, "signature_checked": key is not None}
+    _emit(facts, as_json, lambda: print_(f"{directory}  ({decimal(size)})"))
 
 
 @app.command()
@@ -762,13 +864,13 @@ def _ratio_for(model: str, target: str) -> float:
     ratio = found.least_ratio.get(found.bits)
     if ratio is None:
         raise ToolchainError(
-            f"{model} does not fit on {profile.name} even without half of its transformer: it is too large by "
-            f"{decimal(found.missing)} as it is. `hptool fit {model}` shows where the memory goes."
+            f"{model} does not fit on {profile.name} even without half of its transformer: as it is, it is too "
+            f"large by {decimal(found.missing)}. `hptool fit {model}` shows where the memory goes."
         )
     if ratio == 0:
         raise ToolchainError(
-            f"{model} fits on {profile.name} as it is, in {found.bits} bits: export it, or name a --ratio to make "
-            "it smaller and faster."
+            f"{model} fits on {profile.name} as it is, in {found.bits} bits: export it, or name a --ratio to "
+            "make it smaller and faster."
         )
     _console.print(
         f"{profile.name} holds {model} without {ratio:.0%} of its transformer, in {found.bits} bits"

@@ -153,7 +153,7 @@ def _drop(*keys: Any) -> Callable[[dict[str, Any]], None]:
         (_set("architecture", "colour", to=1), r"unknown key 'architecture\.colour'"),
         (_drop("defaults", "width"), r"missing key 'defaults\.width'"),
         (_drop("schema_version"), "missing key 'schema_version'"),
-        (_set("schema_version", to=1), "has schema_version 1, and this version of hptool reads 2"),
+        (_set("schema_version", to=1), "has schema_version 1, and this version of hptool reads 3"),
         (_set("schema_version", to=True), "schema_version must be of type int"),
         (_set("defaults", "width", to="64"), r"defaults\.width must be of type int, not '64' \(str\)"),
         (_set("defaults", "width", to=64.0), r"defaults\.width must be of type int, not 64\.0 \(float\)"),

@@ -40,6 +40,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         world=None,
     )
     save_model(model, path)
+    (path / "LICENSE").write_text("Do what you like.")
     return path
 
 

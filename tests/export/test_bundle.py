@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -22,11 +23,13 @@ from export import bundle as bundle_module
 from export import components
 from export.bundle import export_bundle
 from export.cache import ComponentCache
+from export.calibration import calibrate
 from export.denoiser import LoweredTransformer
 from export.errors import ExportError
 from export.quantize import QuantReport
 from profiles.schema import Profile, load_profile
 from toolchain.families import Model
+from toolchain.progress import silent
 
 BLOCK_LINEAR = re.compile(r"transformer_blocks\..*\.weight")
 
@@ -55,11 +58,38 @@ def run(bundle: Bundle, graph: str, inputs: dict[str, torch.Tensor]) -> list[np.
 def test_the_files_are_those_of_the_format(bundle: Bundle, gpu: Profile) -> None:
     parts = ("text_encoder", "text_encoder_2", "vae_decoder", "transformer")
     expected = {f"{part}/{name}" for part in parts for name in ("model.onnx", "weights.data")}
-    expected |= {"transformer/model.fp16.onnx", "parity.json"}
+    expected |= {"transformer/model.fp16.onnx", "parity.json", "LICENSE"}
     expected |= {"tokenizer/tokenizer.json", "tokenizer_2/tokenizer.json"}
     if gpu.runtimes[0] == "tensorrt-rtx":
         expected.add("engines/rtx4090/transformer.engine")
     assert bundle.manifest.files.keys() == expected
+
+
+def test_the_bundle_says_where_it_came_from_and_on_what_terms(
+    model: Model, on_disk: Model, bundle: Bundle, cache: ComponentCache, tmp_path: Path
+) -> None:
+    found = bundle.manifest.provenance
+    assert (found.model, found.revision, found.license) == (str(on_disk.path), None, "mit")
+    assert found.calibration_sha256 is None
+    assert bundle.file("LICENSE").read_text() == (on_disk.path / "LICENSE").read_text()
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "snapshots" / commit
+    shutil.copytree(on_disk.path, snapshot)
+    calibration = calibrate(model, ["a red circle"], tmp_path / "calibration", seed=0, bar=silent)
+    found = export_bundle(
+        dataclasses.replace(on_disk, path=snapshot),
+        targets=[load_profile("cpu-x86")],
+        output=tmp_path / "bundle",
+        cache=cache,
+        calibration=calibration,
+        base_model="owner/name",
+        base_revision=commit,
+    ).manifest.provenance
+    assert (found.revision, found.base_model, found.base_revision) == (commit, "owner/name", commit)
+    files = [tmp_path / "calibration" / name for name in ("moments.safetensors", "harms.json")]
+    content = b"".join(path.read_bytes() for path in files)
+    assert found.calibration_sha256 == hashlib.sha256(content).hexdigest()
 
 
 def test_a_bundle_for_a_gpu_runs_on_a_cpu_too(bundle: Bundle) -> None:

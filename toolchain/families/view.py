@@ -91,6 +91,11 @@ class Model:
     """Whether it was opened without weights, which then are zeros."""
 
     @property
+    def revision(self) -> str | None:
+        """Commit of the repository on the hub that the files are of; None for a model from elsewhere."""
+        return self.path.name if self.path.parent.name == "snapshots" else None
+
+    @property
     def mmdit(self) -> MMDiT:
         """The view of the transformer that every stage uses."""
         return _family(type(self.pipeline).__name__)(
@@ -308,6 +313,7 @@ def _resolve(source: str, *, config_only: bool) -> Path:
     try:
         # Pickled weights and single-file copies are never fetched.
         patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
+        patterns += ["README.md", "LICENSE*", "NOTICE*"]  # on what terms it may be used
         if not config_only:
             patterns.append("*/*.safetensors")
         return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns="*.fp16.*"))
