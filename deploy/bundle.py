@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -35,6 +36,8 @@ __all__ = [
     "Shapes",
     "Tokenizer",
     "Variant",
+    "graph_digests",
+    "graph_files",
     "manifest_from_json",
     "manifest_to_json",
     "open_bundle",
@@ -210,6 +213,21 @@ class Bundle:
         if relative not in self.manifest.files:
             raise BundleError(f"{self.path} has no file {relative!r} in its manifest.")
         return self.path / relative  # listed paths were found to stay inside when the manifest was read
+
+
+def graph_files(files: Mapping[str, File], path: str) -> dict[str, File]:
+    """Return a graph among a bundle's files and the weights beside it, by path."""
+    component = path.rpartition("/")[0]
+    return {
+        name: file
+        for name, file in files.items()
+        if name == path or (name.rpartition("/")[0] == component and not name.endswith(".onnx"))
+    }
+
+
+def graph_digests(files: Mapping[str, File], path: str) -> dict[str, str]:
+    """Return the digests of what `graph_files` returns."""
+    return {name: file.sha256 for name, file in graph_files(files, path).items()}
 
 
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from deploy.errors import DeployError
 from deploy.gpu import gpu_compute_capability
 from deploy.session import PROVIDERS, available_providers
 
-__all__ = ["choose_variant"]
+__all__ = ["choose_variant", "obstacle_of"]
 
 
 def choose_variant(bundle: Bundle, requested: str | None) -> tuple[Variant, list[str]]:
@@ -34,7 +34,7 @@ def choose_variant(bundle: Bundle, requested: str | None) -> tuple[Variant, list
         )
     reasons: list[str] = []
     for variant in candidates:
-        obstacle = _obstacle(variant)
+        obstacle = obstacle_of(variant)
         name = f"{variant.target} ({variant.runtime})"
         if obstacle is None:
             return variant, [*reasons, f"{name}: {'runs here' if requested is None else 'requested'}"]
@@ -61,7 +61,7 @@ def _best_first(variants: list[Variant]) -> list[Variant]:
     return sorted(variants, key=rank)
 
 
-def _obstacle(variant: Variant) -> str | None:
+def obstacle_of(variant: Variant) -> str | None:
     """Return what keeps a variant from running on this machine."""
     runtime, capabilities = variant.runtime, " or ".join(variant.compute_capabilities)
     if runtime == "onnxruntime-cpu":

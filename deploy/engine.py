@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from typing import IO, Any, Literal
 
 from rich.filesize import decimal
 
+from deploy.bundle import Architecture, Variant
 from deploy.errors import DeployError, extra
 from deploy.gpu import read_gpus
 from deploy.kept import kept_directory, key_of
@@ -41,9 +43,9 @@ __all__ = [
     "build_engine",
     "build_memory_bytes",
     "engine_key",
+    "engine_request",
     "import_tensorrt",
     "kept_engine",
-    "num_batches",
 ]
 
 EngineRuntime = Literal["tensorrt-rtx", "tensorrt"]
@@ -92,9 +94,21 @@ class Engine:
     seconds: float
 
 
-def num_batches(max_batch: int, *, classifier_free: bool) -> tuple[int, int, int]:
-    """Return the least, usual and largest batch of up to so many pictures; two passes double it."""
-    return (1, 2, 2 * max_batch) if classifier_free else (1, 1, max_batch)
+def engine_request(graph: Path, variant: Variant, architecture: Architecture) -> EngineRequest:
+    """Return what is to be built from a graph for a variant, whose compute capabilities come in any order."""
+    assert variant.runtime == "tensorrt-rtx" or variant.runtime == "tensorrt"
+    assert variant.shapes is not None
+    factor, most = architecture.vae_scale_factor, variant.shapes.max_batch
+    named = variant.compute_capabilities if variant.runtime == "tensorrt-rtx" else []
+    return EngineRequest(
+        runtime=variant.runtime,
+        graph=str(graph),
+        compute_capabilities=tuple(sorted(named, key=lambda text: tuple(map(int, text.split("."))))),
+        latent_sizes=tuple((height // factor, width // factor) for height, width in variant.shapes.sizes),
+        num_tokens=variant.shapes.text_tokens,
+        # Guidance takes two passes of a picture.
+        batches=(1, 2, 2 * most) if architecture.classifier_free else (1, 1, most),
+    )
 
 
 def build_memory_bytes(weight_bytes: int) -> int:
@@ -109,7 +123,9 @@ def import_tensorrt(runtime: EngineRuntime) -> ModuleType:
         DeployError: Either is not installed; the message says how to install it.
     """
     with extra(EXTRAS[runtime]):
-        importlib.import_module("polygraphy")
+        # Not imported: it would settle on one of the runtimes.
+        if importlib.util.find_spec("polygraphy") is None:
+            raise ModuleNotFoundError(name="polygraphy")
         return importlib.import_module(MODULES[runtime])
 
 

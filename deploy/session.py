@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deploy.bundle import Bundle, File, Variant
-from deploy.engine import EngineRequest, EngineRuntime, import_tensorrt, kept_engine, num_batches
+from deploy.bundle import Bundle, Variant, graph_digests, graph_files
+from deploy.engine import EngineRuntime, engine_request, import_tensorrt, kept_engine
 from deploy.errors import DeployError, extra
 from deploy.kept import cache_directory
 from deploy.memory import give_back
@@ -27,8 +27,6 @@ __all__ = [
     "EngineSession",
     "Session",
     "available_providers",
-    "engine_request",
-    "graph_digests",
     "open_graph",
     "open_variant",
 ]
@@ -135,7 +133,8 @@ class EngineSession:
                 f"This process has driven another runtime than {runtime}, and Polygraphy serves one in a "
                 "process. Open this bundle in a process of its own."
             )
-        self._runner = TrtRunner(EngineFromPath(str(self.path)))
+        # "runtime": memory for the shapes that run, and not for the largest of the engine.
+        self._runner = TrtRunner(EngineFromPath(str(self.path)), allocation_strategy="runtime")
         try:
             self._runner.activate()
         except Exception as error:  # Polygraphy's, TensorRT's and the driver's have no base in common
@@ -143,6 +142,7 @@ class EngineSession:
                 f"{runtime} cannot load {self.path}: {_first_line(error)} "
                 "Check the driver, and that the runtime has the version the engine was built with."
             ) from error
+        self._active = 0
         metadata = self._runner.get_input_metadata(use_numpy_dtypes=True)
         self._dtypes = {name: np.dtype(entry.dtype) for name, entry in metadata.items()}
 
@@ -150,11 +150,29 @@ class EngineSession:
         """Run the engine once, as `Session.run`."""
         feeds = {name: np.ascontiguousarray(array, self._dtypes.get(name)) for name, array in inputs.items()}
         try:
+            if (profile := self._profile(feeds)) != self._active:
+                self._runner.set_profile(profile)
+                self._active = profile
             outputs = self._runner.infer(feeds)
+        except DeployError:
+            raise
         except Exception as error:  # as above
             raise DeployError(f"{self.path} did not run on {_shapes(feeds)}: {_first_line(error)}") from error
         # The runner's buffers are overwritten by the next call.
         return {name: np.array(array) for name, array in outputs.items()}
+
+    def _profile(self, feeds: Mapping[str, Array]) -> int:
+        """Return which of the optimisation profiles takes these inputs; there is one for each size."""
+        engine = self._runner.engine
+        for index in range(engine.num_optimization_profiles):
+            bounds = {name: engine.get_tensor_profile_shape(name, index) for name in feeds}
+            if all(
+                least <= size <= most
+                for name, array in feeds.items()
+                for size, least, most in zip(array.shape, bounds[name][0], bounds[name][2], strict=True)
+            ):
+                return index
+        raise DeployError(f"{self.path} was not built for {_shapes(feeds)}. Export again for these sizes.")
 
     def close(self) -> None:
         """Give the GPU's memory back, as `Session.close`."""
@@ -183,40 +201,12 @@ def open_variant(
         return EngineSession(bundle.file(variant.path), variant.runtime)
     if variant.runtime == "tensorrt":
         kept = cache_directory() if cache is None else cache
-        engine, _ = kept_engine(engine_request(bundle, variant), graph_digests(bundle, variant.path), kept)
+        request = engine_request(bundle.file(variant.path), variant, bundle.manifest.architecture)
+        engine, _ = kept_engine(request, graph_digests(bundle.manifest.files, variant.path), kept)
         return EngineSession(engine, variant.runtime)
     if variant.runtime == "onnxruntime-cpu":
         return open_graph(bundle, variant.path, threads=threads, cache=cache)
     return Session(bundle.file(variant.path), providers=PROVIDERS[variant.runtime], threads=threads)
-
-
-def engine_request(bundle: Bundle, variant: Variant) -> EngineRequest:
-    """Return what has to be built on this machine for a variant of `tensorrt`."""
-    architecture, shapes = bundle.manifest.architecture, variant.shapes
-    assert shapes is not None, "the manifest was checked when it was read"
-    factor = architecture.vae_scale_factor
-    return EngineRequest(
-        runtime="tensorrt",
-        graph=str(bundle.file(variant.path)),
-        compute_capabilities=(),
-        latent_sizes=tuple((height // factor, width // factor) for height, width in shapes.sizes),
-        num_tokens=shapes.text_tokens,
-        batches=num_batches(shapes.max_batch, classifier_free=architecture.classifier_free),
-    )
-
-
-def graph_digests(bundle: Bundle, path: str) -> dict[str, str]:
-    """Return the digests of a graph of a bundle and of the weights beside it, by path."""
-    return {name: file.sha256 for name, file in _graph_files(bundle, path).items()}
-
-
-def _graph_files(bundle: Bundle, path: str) -> dict[str, File]:
-    component = path.rpartition("/")[0]
-    return {
-        name: file
-        for name, file in bundle.manifest.files.items()
-        if name == path or (name.rpartition("/")[0] == component and not name.endswith(".onnx"))
-    }
 
 
 def open_graph(
@@ -234,9 +224,9 @@ def open_graph(
         DeployError: The graph cannot be loaded.
     """
     graph = bundle.file(path)
-    num_bytes = sum(file.bytes for file in _graph_files(bundle, path).values())
+    num_bytes = sum(file.bytes for file in graph_files(bundle.manifest.files, path).values())
     if cache is not None and num_bytes >= MINIMUM_BYTES:
-        facts = graph_digests(bundle, path)
+        facts = graph_digests(bundle.manifest.files, path)
         facts |= {"onnxruntime": onnxruntime.__version__, "processor": processor()}
         prepared = prepared_graph(graph, facts, num_bytes, partial(_prepare, graph), cache)
         if prepared is not None and (session := _open_prepared(prepared, threads)) is not None:

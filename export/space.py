@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from deploy.engine import build_memory_bytes
 from export.components import Precision
 from export.errors import ExportError
 from toolchain.families import Model
@@ -23,8 +24,6 @@ _BASE_BYTES = 1 << 30
 """Of a process that has torch, diffusers and onnxruntime loaded and does nothing."""
 _BLOCKS_AT_ONCE = 2
 """The largest block in float32 while it is compared: its weights, and those that are on their way."""
-_ENGINE_BUILD = 4.5
-"""Bytes in memory for each byte of weights while TensorRT-RTX builds: 13.4 GB for 3.3 GB were measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +35,14 @@ class Needs:
     cached: Mapping[str, int]
     """Of those that are."""
     engines: int
+    """Of all engines, which the cache and the bundle hold."""
     memory: int
     """At its peak."""
 
     @property
     def cache_disk(self) -> int:
         """On the disk of the cache."""
-        return sum(self.components.values())
+        return sum(self.components.values()) + self.engines
 
     @property
     def output_disk(self) -> int:
@@ -93,7 +93,7 @@ def memory_bytes(model: Model, transformer_bytes: int, *, engine: bool) -> int:
     """Peak of an export: a block and what compares it, or building the engine."""
     largest = max(sum(item.numel() for item in block.parameters()) for block in model.mmdit.blocks)
     block = _BASE_BYTES + 4 * _BLOCKS_AT_ONCE * largest
-    return max(block, round(_BASE_BYTES + _ENGINE_BUILD * transformer_bytes) if engine else 0)
+    return max(block, _BASE_BYTES + build_memory_bytes(transformer_bytes) if engine else 0)
 
 
 def _existing(path: Path) -> Path:

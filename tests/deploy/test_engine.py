@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,12 @@ import pytest
 from onnx import TensorProto, helper
 
 from deploy import engine
-from deploy.engine import EngineRequest, build_engine, engine_key, kept_engine, num_batches
+from deploy.bundle import Shapes, open_bundle
+from deploy.engine import EngineRequest, build_engine, engine_key, engine_request, kept_engine
 from deploy.errors import DeployError
 from deploy.gpu import Gpu, Gpus
+
+MakeBundle = Callable[..., Path]
 
 INPUTS, OUTPUTS, GROUP = 128, 64, 64
 DIGESTS = {"model.onnx": "1", "weights.data": "2"}
@@ -245,6 +249,24 @@ def test_an_engine_of_tensorrt_is_of_one_gpu_and_driver(
     assert len({key("Orin", "540.4"), key("Orin Nano", "540.4"), key("Orin", "560.1")}) == 3
 
 
-def test_two_passes_double_the_batches() -> None:
-    assert num_batches(4, classifier_free=True) == (1, 2, 8)
-    assert num_batches(4, classifier_free=False) == (1, 1, 4)
+@pytest.mark.parametrize(("guided", "batches"), [(True, (1, 2, 8)), (False, (1, 1, 4))])
+def test_a_request_is_what_the_variant_takes(
+    make_bundle: MakeBundle, guided: bool, batches: tuple[int, int, int]
+) -> None:
+    manifest = open_bundle(make_bundle()).manifest
+    variant = dataclasses.replace(
+        manifest.variants[0],
+        compute_capabilities=["12.0", "8.9"],
+        shapes=Shapes(sizes=[(64, 128)], max_batch=4, text_tokens=23),
+    )
+    architecture = dataclasses.replace(manifest.architecture, classifier_free=guided)
+    assert engine_request(Path("model.onnx"), variant, architecture) == EngineRequest(
+        runtime="tensorrt-rtx",
+        graph="model.onnx",
+        compute_capabilities=("8.9", "12.0"),
+        latent_sizes=((8, 16),),
+        num_tokens=23,
+        batches=batches,
+    )
+    on_device = dataclasses.replace(variant, runtime="tensorrt", compute_capabilities=["8.7"])
+    assert engine_request(Path("model.onnx"), on_device, architecture).compute_capabilities == ()

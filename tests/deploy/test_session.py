@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +19,7 @@ from deploy import session
 from deploy.bundle import open_bundle
 from deploy.engine import EngineRequest
 from deploy.errors import DeployError, extra
-from deploy.session import Session, open_variant
+from deploy.session import EngineSession, Session, open_variant
 
 MakeBundle = Callable[..., Path]
 
@@ -118,6 +121,45 @@ def test_engine_that_cannot_be_loaded_is_a_clear_error(make_bundle: MakeBundle, 
 def test_a_process_that_drove_one_tensorrt_does_not_drive_the_other(make_bundle: MakeBundle) -> None:
     *_, error = open_engine(open_bundle(make_bundle()).file(ENGINE), "tensorrt", "tensorrt-rtx")
     assert "has driven another runtime than tensorrt-rtx" in error
+
+
+class Runner:
+    """An engine of two sizes, as far as Polygraphy's runner shows it."""
+
+    def __init__(self, engine: Any, *, allocation_strategy: str) -> None:
+        self.engine, self.num_optimization_profiles = self, 2
+        self.profiles: list[int] = []
+
+    def activate(self) -> None:
+        """There is nothing to load."""
+
+    def get_input_metadata(self, *, use_numpy_dtypes: bool) -> dict[str, Any]:
+        return {"x": SimpleNamespace(dtype=np.float16)}
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, int]]:
+        width = (8, 4)[index]
+        return [(1, width), (2, width), (4, width)]
+
+    def set_profile(self, index: int) -> None:
+        self.profiles.append(index)
+
+    def infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"y": 2 * feeds["x"]}
+
+
+def test_engine_is_told_which_of_its_sizes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setenv("POLYGRAPHY_USE_TENSORRT_RTX", "1")
+    monkeypatch.setattr(importlib.import_module("polygraphy.config"), "USE_TENSORRT_RTX", True)
+    monkeypatch.setattr(importlib.import_module("polygraphy.backend.trt"), "TrtRunner", Runner)
+    opened = EngineSession(tmp_path / "engine", "tensorrt-rtx")
+    for shape in ((4, 8), (1, 4), (2, 8)):
+        doubled = opened.run({"x": np.ones(shape, np.float32)})["y"]
+        assert (doubled.dtype, doubled.shape) == (np.float16, shape)
+    assert opened._runner.profiles == [1, 0]
+    for shape in ((5, 8), (2, 6)):
+        with pytest.raises(DeployError, match=rf"was not built for x \[{shape[0]}, {shape[1]}\]"):
+            opened.run({"x": np.ones(shape, np.float32)})
 
 
 def test_engine_of_tensorrt_is_built_for_what_the_manifest_says(
