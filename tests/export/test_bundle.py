@@ -320,6 +320,17 @@ def test_bits_are_the_targets_unless_they_are_named(
     assert [graph.weights for graph in made.manifest.graphs["transformer"]] == ["float32"]
 
 
+def test_a_profile_of_ones_own_that_extends_another_is_a_target(
+    on_disk: Model, cache: ComponentCache, tmp_path: Path
+) -> None:
+    text = 'name = "mine"\ndescription = "Mine"\nextends = "rtx4090"\nruntimes = ["onnxruntime-cuda"]\n'
+    (tmp_path / "mine.toml").write_text(text)
+    target = load_profile(str(tmp_path / "mine.toml"))
+    made = export_bundle(on_disk, targets=[target], output=tmp_path / "bundle", cache=cache)
+    mine = next(variant for variant in made.manifest.variants if variant.target == "mine")
+    assert (mine.activations, mine.path) == ("float16", "transformer/model.fp16.onnx")
+
+
 def test_no_target_is_refused(model: Model, tmp_path: Path) -> None:
     assert "no target" in refusal(model, [], tmp_path)
 
