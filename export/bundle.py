@@ -24,7 +24,7 @@ from export.components import (
     export_vae_decoder,
     num_tokens,
 )
-from export.engine import ENGINES, build_engines, num_engines, require_tensorrt_rtx
+from export.engine import ENGINES, TURING, build_engines, num_engines, require_tensorrt_rtx
 from export.errors import ExportError
 from export.harm import weight_bits
 from export.lower import Activations
@@ -119,6 +119,7 @@ def export_bundle(
                 "a model whose plan.json names no bits."
             )
         group_size, weights = GROUP_SIZE, calibration.bits(max_bytes)
+    _require_turing(targets, {checked_bits, *weights.values()})
     precision = Precision(
         bits=checked_bits,
         group_size=group_size,
@@ -369,6 +370,19 @@ def _require_targets(targets: Sequence[Profile], bits: int | None) -> tuple[Bits
     if any("tensorrt-rtx" in target.runtimes for target in targets):
         require_tensorrt_rtx()
     return checked, size
+
+
+def _require_turing(targets: Sequence[Profile], bits: set[int]) -> None:
+    turing = [
+        target.name
+        for target in targets
+        if target.compute_capability == TURING and "tensorrt-rtx" in target.runtimes
+    ]
+    if turing and 4 in bits:
+        raise ExportError(
+            f"TensorRT-RTX builds no engine with 4-bit weights for compute capability {TURING}, which "
+            f"{', '.join(turing)} has. Export with --bits 8 or 16, or take tensorrt-rtx out of its runtimes."
+        )
 
 
 def _agreed(wishes: Mapping[str, int], what: str) -> int:

@@ -20,13 +20,13 @@ from export.errors import ExportError
 from export.packed import count_found, int4_weights
 from toolchain.progress import Bar
 
-__all__ = ["ENGINES", "EngineReport", "build_engines", "num_engines", "require_tensorrt_rtx"]
+__all__ = ["ENGINES", "TURING", "EngineReport", "build_engines", "num_engines", "require_tensorrt_rtx"]
 
 ENGINES = "engines.json"
 """The report, in a bundle."""
 
-# TensorRT-RTX makes one engine for all later GPUs, and wants another for this one.
-_TURING = "7.5"
+TURING = "7.5"
+"""TensorRT-RTX makes one engine for all later GPUs, and wants another for this one."""
 
 # An engine holds the graph's weights and, for each optimisation profile, code that grows with the nodes:
 # 11 to 14 kB a node were measured. Where weights are the larger part, as with billions of parameters,
@@ -156,7 +156,7 @@ def _groups(variants: Sequence[Variant]) -> list[list[int]]:
             continue
         # An engine of `tensorrt` is for what its device asks for, and for the GPU it is built on.
         alone = variant.runtime == "tensorrt"
-        turing = _TURING in variant.compute_capabilities
+        turing = TURING in variant.compute_capabilities
         facts = (
             variant.runtime,
             variant.path,

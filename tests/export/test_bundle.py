@@ -331,6 +331,14 @@ def test_a_profile_of_ones_own_that_extends_another_is_a_target(
     assert (mine.activations, mine.path) == ("float16", "transformer/model.fp16.onnx")
 
 
+def test_turing_gets_no_engine_of_4_bits(model: Model, gpu: Profile, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    turing = dataclasses.replace(gpu, name="rtx2080", compute_capability="7.5")
+    message = refusal(model, [gpu, turing], tmp_path)
+    assert "no engine with 4-bit weights for compute capability 7.5, which rtx2080 has" in message
+    assert "--bits 8 or 16" in message
+
+
 def test_no_target_is_refused(model: Model, tmp_path: Path) -> None:
     assert "no target" in refusal(model, [], tmp_path)
 
