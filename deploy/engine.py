@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -58,6 +57,8 @@ _BUILD = 4.5
 _DISK_SHARE = 2
 """Disk by bytes of weights, with room for the code of small models."""
 _DISK_LEAST = 64 << 20
+_KILLED = -9
+"""Status of a process that the system ended, where systems do so."""
 _ENGINE, _RECORD = "transformer.engine", "engine.json"
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -274,7 +275,7 @@ def _talk(
 
 def _failure(request: EngineRequest, status: int, answer: dict[str, Any] | None, errors: str) -> str:
     graph = Path(request.graph).name
-    if status == -signal.SIGKILL:
+    if status == _KILLED:
         needed = decimal(build_memory_bytes(_weight_bytes(request)))
         return (
             f"The builder of the engine of {graph} was killed, most often for lack of memory: it needs about "
