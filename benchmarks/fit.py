@@ -16,9 +16,10 @@ from rich.filesize import decimal
 
 from benchmarks.machine import machine
 from benchmarks.watch import Watched, watch
+from deploy.engine import build_memory_bytes
 from export.components import Precision
 from export.fit import Fit, ModelSize, TargetFit, fit, fit_target
-from export.space import engine_build_bytes, stored_bytes
+from export.space import stored_bytes
 from export.weights import WEIGHTS
 from profiles.schema import available_profiles, load_profile
 from toolchain.artifacts import read_json, write_json
@@ -131,7 +132,7 @@ def _shapes(bundle: Path) -> list[dict[str, Any]]:
     steps = [sys.executable, "-m", "benchmarks.scale_steps", "build-engine", str(bundle), str(engine)]
     built = _succeeded(watch(steps)).peak_bytes
     engine.unlink()
-    expected = engine_build_bytes(size.parts["transformer"].stored[4], size.num_nodes)
+    expected = build_memory_bytes(size.parts["transformer"].stored[4], size.num_nodes)
     return [*rows, {"what": "shapes, building an engine", "predicted": expected, "measured": built}]
 
 
@@ -143,7 +144,7 @@ def _full_size(scratch: Path) -> list[dict[str, Any]]:
         pruned = model.without_units(parse_units(removed, model.geometry))
         size, what = ModelSize(pruned), f"{name} without {removed}"
         rows.append(_weights(f"{what}, weights of the transformer", pruned, scratch / f"{directory}-bundle"))
-        expected = engine_build_bytes(size.parts["transformer"].stored[4], size.num_nodes)
+        expected = build_memory_bytes(size.parts["transformer"].stored[4], size.num_nodes)
         built = known[subject]["engine"]["peak_bytes"]
         rows.append({"what": f"{what}, building an engine", "predicted": expected, "measured": built})
         if (scratch / directory).exists():  # its text encoders have hardly any depth

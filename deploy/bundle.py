@@ -13,11 +13,13 @@ import math
 import os
 import stat
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from deploy.errors import BundleError, DeployError
+from profiles.schema import Runtime
 from profiles.typed import TypedDataError, from_data
 
 __all__ = [
@@ -36,9 +38,12 @@ __all__ = [
     "Manifest",
     "Provenance",
     "Scheduler",
+    "Shapes",
     "Tokenizer",
     "Variant",
     "bundle_root",
+    "graph_digests",
+    "graph_files",
     "manifest_from_json",
     "manifest_to_json",
     "open_bundle",
@@ -58,6 +63,8 @@ ENCODERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "sd3": (("text_encoder", "text_encoder_2"), ("text_encoder_3",)),
     "flux": (("text_encoder", "text_encoder_2"), ()),
 }
+# These run what was built for one kind of GPU and for sizes that were chosen then.
+ENGINE_RUNTIMES = ("tensorrt-rtx", "tensorrt")
 # The other tokenizers of a family are CLIP's.
 T5_TOKENIZERS = {"sd3": "tokenizer_3", "flux": "tokenizer_2"}
 
@@ -138,17 +145,31 @@ class Defaults:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """All that an engine can be asked for; an ONNX graph takes any size."""
+
+    sizes: list[tuple[int, int]]
+    """Of pictures (height, width) in pixels."""
+    max_batch: int
+    """Most pictures at a time; guidance doubles the transformer's batch on top of it."""
+    text_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Variant:
-    """How the transformer runs on one target."""
+    """How the transformer runs on one target; a target may have several, best first."""
 
     target: str
     """Name of the device profile."""
-    runtime: Literal["onnxruntime", "tensorrt-rtx"]
+    runtime: Runtime
     path: str
-    """An ONNX graph, or an engine."""
+    """The engine of `tensorrt-rtx`; for all others an ONNX graph, from which `tensorrt` builds an engine on
+    the device."""
     activations: Literal["float32", "float16"]
-    compute_capability: str | None
-    """The GPU an engine was built for, as in "8.9"."""
+    compute_capabilities: list[str]
+    """GPUs that an engine is for, as in "8.9", the target's own first; none for onnxruntime."""
+    shapes: Shapes | None
+    """What an engine takes; None for onnxruntime."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,9 +238,25 @@ class Bundle:
         return self.path / relative  # listed paths were found to stay inside when the manifest was read
 
 
+def graph_files(files: Mapping[str, File], path: str) -> dict[str, File]:
+    """Return a graph among a bundle's files and the weights beside it, by path."""
+    component = path.rpartition("/")[0]
+    return {
+        name: file
+        for name, file in files.items()
+        if name == path or (name.rpartition("/")[0] == component and not name.endswith(".onnx"))
+    }
+
+
+def graph_digests(files: Mapping[str, File], path: str) -> dict[str, str]:
+    """Return the digests of what `graph_files` returns."""
+    return {name: file.sha256 for name, file in graph_files(files, path).items()}
+
+
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
     """Turn the manifest into the plain data that `manifest_from_json` reads."""
-    return dataclasses.asdict(manifest)
+    data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(manifest)))  # tuples are lists there
+    return data
 
 
 def manifest_from_json(data: Any) -> Manifest:
@@ -364,22 +401,58 @@ def _fault(manifest: Manifest) -> str | None:
         return fault
     if not manifest.variants:
         return "there are no variants to run"
-    targets = [variant.target for variant in manifest.variants]
-    if len(set(targets)) < len(targets):
-        return f"two variants share a target, of {', '.join(targets)}"
-    transformers = {graph.path: graph.activations for graph in manifest.graphs["transformer"]}
-    for variant in manifest.variants:
-        if variant.runtime != "onnxruntime":
-            if variant.compute_capability is None:
-                return f"the variant {variant.target!r} is an engine without a compute_capability"
-        elif transformers.get(variant.path) != variant.activations:
-            return f"the variant {variant.target!r} is not one of the transformer's graphs"
     for part in (manifest.architecture, manifest.scheduler, manifest.defaults):
         for name, value in dataclasses.asdict(part).items():
             least = 0 if name == "max_sequence_length" else 1
             if type(value) is int and value < least:
                 return f"{type(part).__name__.lower()}.{name} must be {least} at least"
+    kinds = [(variant.target, variant.runtime) for variant in manifest.variants]
+    if len(set(kinds)) < len(kinds):
+        return f"two variants share a target and a runtime, of {', '.join(map(' '.join, kinds))}"
+    for variant in manifest.variants:
+        if fault := _variant_fault(manifest, variant):
+            return f"the variant {variant.target!r} of {variant.runtime} {fault}"
     return None
+
+
+def _variant_fault(manifest: Manifest, variant: Variant) -> str | None:
+    transformers = {graph.path: graph.activations for graph in manifest.graphs["transformer"]}
+    if variant.runtime == "tensorrt-rtx":
+        if variant.path.endswith(".onnx"):
+            return "has a graph for an engine"
+    elif transformers.get(variant.path) != variant.activations:
+        return "is not one of the transformer's graphs"
+    if variant.runtime not in ENGINE_RUNTIMES:
+        built = variant.compute_capabilities or variant.shapes
+        return "names what engines are built for, and has none" if built else None
+    if not variant.compute_capabilities:
+        return "is an engine without compute_capabilities"
+    if variant.shapes is None:
+        return "is an engine without shapes"
+    return _shapes_fault(manifest, variant.shapes)
+
+
+def _shapes_fault(manifest: Manifest, shapes: Shapes) -> str | None:
+    architecture = manifest.architecture
+    unit = architecture.vae_scale_factor * architecture.patch_size
+    most = architecture.max_latent_size * architecture.vae_scale_factor
+    if not shapes.sizes or len(set(shapes.sizes)) < len(shapes.sizes):
+        return "has an engine for no size, or for one twice"
+    for height, width in shapes.sizes:
+        if any(side % unit or not unit <= side <= most for side in (height, width)):
+            return f"has an engine for pictures of {height}x{width}, which the model cannot make"
+    if shapes.max_batch < 1:
+        return "has an engine for a max_batch below 1"
+    if shapes.text_tokens != (tokens := _num_text_tokens(manifest)):
+        return f"has an engine for {shapes.text_tokens} text tokens, and the transformer is given {tokens}"
+    return None
+
+
+def _num_text_tokens(manifest: Manifest) -> int:
+    """T5's tokens, after those of both CLIP encoders side by side where the family's text is of all three."""
+    num_tokens = manifest.defaults.max_sequence_length
+    clip = manifest.tokenizers["tokenizer"].max_length
+    return num_tokens if manifest.architecture.family == "flux" else clip + num_tokens
 
 
 def _family_fault(manifest: Manifest) -> str | None:

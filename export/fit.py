@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Literal
 
+from deploy.engine import build_memory_bytes
 from deploy.tiles import TILE
 from export.components import Precision, num_tokens, part_bits
 from export.denoiser import lower_transformer
@@ -20,7 +21,7 @@ from export.liveness import activation_bytes
 from export.quantize import Bits, choose_form
 from export.roofline import least_seconds, work_of
 from export.sized import SizedGraph, size_graph
-from export.space import engine_build_bytes, export_memory_bytes, part_parameters, stored_bytes
+from export.space import export_memory_bytes, part_parameters, stored_bytes
 from profiles.schema import Profile
 from toolchain.families import Model
 from toolchain.progress import Bar, silent
@@ -201,7 +202,7 @@ def fit(
         model=model.source,
         parts=size.parts,
         export_memory=export_memory_bytes(model),
-        engine_memory=engine_build_bytes(kept, size.num_nodes),
+        engine_memory=build_memory_bytes(kept, size.num_nodes),
         export_disk=2 * bundle + kept,
         targets=[fit_target(size, target, bits or target.weight_bits, ratio) for target in targets],
     )
@@ -221,7 +222,7 @@ def fit_target(size: ModelSize, target: Profile, bits: Bits, ratio: float = 0.0)
     need = partial(_need, size.parts, size.working(height, width), target, activations)
     found = need(bits, ratio)
     kept = round((1 - ratio) * size.parts["transformer"].stored[bits])
-    build = engine_build_bytes(kept, size.num_nodes) if has_engine else 0
+    build = build_memory_bytes(kept, size.num_nodes) if has_engine else 0
     available = round(2**30 * (target.memory_gib - target.reserved_gib))
     least: dict[int, float | None] = {}
     for each in ALL_BITS:

@@ -20,7 +20,6 @@ from toolchain.families import Model
 __all__ = [
     "NODES_PER_BLOCK",
     "Needs",
-    "engine_build_bytes",
     "export_memory_bytes",
     "require_space",
     "stored_bytes",
@@ -33,15 +32,10 @@ _DECODER = ("decoder.", "post_quant_conv.")
 _T5_EMBEDDINGS = {"shared.weight", "encoder.embed_tokens.weight"}
 _BASE_BYTES = 1 << 30
 """Of a process that has torch, diffusers and onnxruntime loaded and does nothing."""
-_BLOCKS_AT_ONCE = 2
-"""The largest block in float32 while it is compared: its weights, and those that are on their way."""
 NODES_PER_BLOCK = 150
 """Of a transformer's graph, at most."""
-_BUILD_BASE_BYTES = 150_000_000
-_BUILD_BYTES_PER_NODE = 270_000
-_BUILD_BYTES_PER_NODE_AND_PROFILE = 55_000
-_BUILD_BYTES_PER_BYTE = 3.38
-"""What a TensorRT-RTX build of 1.7 takes, measured at 5 MB, 3.4 GB and 4.5 GB of weights."""
+_BLOCKS_AT_ONCE = 2
+"""The largest block in float32 while it is compared: its weights, and those that are on their way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +47,14 @@ class Needs:
     cached: Mapping[str, int]
     """Of those that are."""
     engines: int
+    """Of all engines, which the cache and the bundle hold."""
     memory: int
     """At its peak."""
 
     @property
     def cache_disk(self) -> int:
         """On the disk of the cache."""
-        return math.ceil(_MARGIN * sum(self.components.values()))
+        return math.ceil(_MARGIN * sum(self.components.values())) + self.engines
 
     @property
     def output_disk(self) -> int:
@@ -124,18 +119,6 @@ def export_memory_bytes(model: Model) -> int:
     """Peak of an export before engines: the largest block, and what compares it."""
     largest = max(sum(item.numel() for item in block.parameters()) for block in model.mmdit.blocks)
     return _BASE_BYTES + 4 * _BLOCKS_AT_ONCE * largest
-
-
-def engine_build_bytes(weight_bytes: int, num_nodes: int, num_profiles: int = 1) -> int:
-    """Peak of the process that builds an engine, which is one of its own.
-
-    Args:
-        weight_bytes: Of the transformer as it is stored.
-        num_nodes: Of its graph.
-        num_profiles: Sizes of pictures that the engine is for.
-    """
-    nodes = _BUILD_BYTES_PER_NODE + _BUILD_BYTES_PER_NODE_AND_PROFILE * (num_profiles - 1)
-    return round(_BUILD_BASE_BYTES + nodes * num_nodes + _BUILD_BYTES_PER_BYTE * weight_bytes)
 
 
 def _existing(path: Path) -> Path:

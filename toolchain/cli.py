@@ -385,9 +385,12 @@ def export(
         typer.Option("--target", "-t", help="As `hptool targets` lists them, or a .toml file; may repeat."),
     ] = None,
     bits: Annotated[
-        str,
-        typer.Option(help="Bits of the transformer's weights: 4, 8, 16, 32, or auto with --calibration."),
-    ] = "4",
+        str | None,
+        typer.Option(
+            help="Bits of the transformer's weights: 4, 8, 16, 32, or auto with --calibration; default: what "
+            "the targets say."
+        ),
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="What `hptool calibrate` wrote: rounding heeds what matters.")
     ] = None,
@@ -416,10 +419,11 @@ def export(
 
     check_new_directory(bundle_path)
 
-    from deploy.prepared import cache_directory
+    from deploy.kept import cache_directory
     from export.bundle import export_bundle
     from export.cache import ComponentCache
     from export.calibration import read_calibration
+    from export.engine import ENGINES
     from toolchain.families import open_model
 
     model = open_model(source, precision="none")
@@ -449,15 +453,19 @@ def export(
         )
     files = {name: entry.bytes for name, entry in bundle.manifest.files.items()}
     variants = [asdict(variant) for variant in bundle.manifest.variants]
+    engines = read_json(bundle.file(ENGINES))["engines"] if ENGINES in files else []
 
     def show() -> None:
         table = Table("file", "MB", title=f"bundle {bundle_path}")
         for name, size in files.items():
             table.add_row(name, f"{size / 1e6:.2f}")
         print_(table)
+        if engines:
+            print_(_engine_table(engines))
         print_(f"Run it:  hptool run {bundle_path} 'a red circle left of a blue square' -o out.png")
 
-    _emit({"bundle": str(bundle_path), "files": files, "variants": variants}, as_json, show)
+    facts = {"bundle": str(bundle_path), "files": files, "variants": variants, "engines": engines}
+    _emit(facts, as_json, show)
 
 
 @app.command()
@@ -836,16 +844,39 @@ def _fit_bits(bits: int | None) -> Literal[4, 8, 16] | None:
     return bits  # type: ignore[return-value]
 
 
+def _engine_table(engines: list[dict[str, Any]]) -> Table:
+    """Which engines there are, whom they serve, and where they lie."""
+    table = Table("engine for", "compute capability", "MB", "INT4 found as stored", "where", title="engines")
+    for engine in engines:
+        built = engine["bytes"] is not None
+        if engine["path"] is not None:
+            where = engine["path"]
+        elif built:
+            where = "built here, in this machine's cache; other machines build their own"
+        else:
+            where = "built when it first runs there: this machine lacks that GPU or its TensorRT"
+        table.add_row(
+            ", ".join(engine["targets"]),
+            ", ".join(engine["compute_capabilities"]),
+            f"{engine['bytes'] / 1e6:.2f}" if built else "",
+            f"{engine['num_found']} of {engine['num_int4']}" if built else "",
+            where,
+        )
+    return table
+
+
 def _bits(
-    text: str, max_bytes: int | None, calibration: Calibration | None, group_size: int
-) -> tuple[int, int | None]:
-    """Bits as a number, and the bytes within which they are chosen if they are."""
+    text: str | None, max_bytes: int | None, calibration: Calibration | None, group_size: int
+) -> tuple[int | None, int | None]:
+    """Bits as a number, None where they are the targets', and the bytes within which they are chosen."""
     if text == "auto":
         if calibration is None:
             raise ToolchainError("--bits auto needs --calibration; make one with `hptool calibrate`")
         return 4, max_bytes or calibration.uniform_bytes(group_size)
     if max_bytes is not None:
         raise ToolchainError("--max-bytes is for --bits auto")
+    if text is None:
+        return None, None
     if not text.isdecimal():
         raise ToolchainError(f"--bits is 4, 8, 16, 32 or auto, not {text!r}")
     return int(text), None
@@ -864,8 +895,8 @@ def _ratio_for(model: str, target: str) -> float:
     ratio = found.least_ratio.get(found.bits)
     if ratio is None:
         raise ToolchainError(
-            f"{model} does not fit on {profile.name} even without half of its transformer: as it is, it is too "
-            f"large by {decimal(found.missing)}. `hptool fit {model}` shows where the memory goes."
+            f"{model} does not fit on {profile.name} even without half of its transformer: as it is, it is "
+            f"too large by {decimal(found.missing)}. `hptool fit {model}` shows where the memory goes."
         )
     if ratio == 0:
         raise ToolchainError(

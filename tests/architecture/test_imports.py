@@ -96,6 +96,8 @@ def test_export_sees_only_the_doors_of_its_neighbours() -> None:
         "toolchain.trajectories",
         "profiles",
         "deploy.bundle",
+        "deploy.choice",
+        "deploy.engine",
         "deploy.errors",
         "deploy.memory",
         "deploy.tiles",

@@ -36,6 +36,7 @@ from deploy.bundle import (
     Manifest,
     Provenance,
     Scheduler,
+    Shapes,
     Tokenizer,
     Variant,
     manifest_to_json,
@@ -45,22 +46,25 @@ from toolchain.shapes.model import build_tokenizer
 MakeBundle = Callable[..., Path]
 
 NUM_TOKENS = 16
+NUM_T5_TOKENS = 7
 WIDTHS = {"text_encoder": 3, "text_encoder_2": 5}
 CHANNELS = 4
 
 CPU = Variant(
     target="cpu-x86",
-    runtime="onnxruntime",
+    runtime="onnxruntime-cpu",
     path="transformer/model.onnx",
     activations="float32",
-    compute_capability=None,
+    compute_capabilities=[],
+    shapes=None,
 )
 ENGINE = Variant(
     target="rtx4090",
     runtime="tensorrt-rtx",
-    path="engines/rtx4090/transformer.engine",
+    path="engines/sm89-01234567.engine",
     activations="float16",
-    compute_capability="8.9",
+    compute_capabilities=["8.9"],
+    shapes=Shapes(sizes=[(64, 64), (64, 32)], max_batch=2, text_tokens=NUM_TOKENS + NUM_T5_TOKENS),
 )
 
 
@@ -148,7 +152,7 @@ def make_sd3_with_t5(make_bundle: MakeBundle, t5_tokenizer: PreTrainedTokenizerF
             _save_tokenizer(path, "tokenizer_3", t5_tokenizer)
 
         usual = _manifest({})
-        t5 = Tokenizer(path="tokenizer_3/tokenizer.json", max_length=7, pad_id=0)
+        t5 = Tokenizer(path="tokenizer_3/tokenizer.json", max_length=NUM_T5_TOKENS, pad_id=0)
         graph = Graph(path="text_encoder_3/model.onnx", activations="float32", weights="float32")
         changes = {
             "tokenizers": {**usual.tokenizers, "tokenizer_3": t5},
@@ -170,12 +174,13 @@ def make_flux(make_bundle: MakeBundle, t5_tokenizer: PreTrainedTokenizerFast) ->
             _save(path, "transformer", _transformer(WIDTHS["text_encoder"], guidance=guidance_embeds))
 
         usual = _manifest({})
-        t5 = Tokenizer(path="tokenizer_2/tokenizer.json", max_length=7, pad_id=0)
+        t5 = Tokenizer(path="tokenizer_2/tokenizer.json", max_length=NUM_T5_TOKENS, pad_id=0)
         changes = {
             "architecture": replace(
                 usual.architecture, family="flux", classifier_free=False, guidance_embeds=guidance_embeds
             ),
             "scheduler": replace(usual.scheduler, spacing="unit", use_dynamic_shifting=guidance_embeds),
+            "variants": [CPU],
             "tokenizers": {**usual.tokenizers, "tokenizer_2": t5},
         } | changes
         return make_bundle(edit, **changes)
@@ -211,7 +216,7 @@ def _manifest(files: dict[str, File]) -> Manifest:
             time_shift_type="exponential",
         ),
         defaults=Defaults(
-            num_inference_steps=4, guidance_scale=3.0, max_sequence_length=7, height=64, width=64
+            num_inference_steps=4, guidance_scale=3.0, max_sequence_length=NUM_T5_TOKENS, height=64, width=64
         ),
         tokenizers={
             name: Tokenizer(path=f"{name}/tokenizer.json", max_length=NUM_TOKENS, pad_id=3)

@@ -78,12 +78,20 @@ def gpu() -> Profile:
 
 
 @pytest.fixture(scope="session")
+def gpus(gpu: Profile) -> list[Profile]:
+    """Targets of three generations that compute as `gpu` does, and one whose engine is built on itself."""
+    others = [load_profile("rtx3060-12gb"), load_profile("rtx5090")]
+    others = [dataclasses.replace(other, runtimes=gpu.runtimes) for other in others]
+    return [others[0], gpu, others[1], load_profile("h100")]
+
+
+@pytest.fixture(scope="session")
 def bundle(
-    on_disk: Model, gpu: Profile, cache: ComponentCache, tmp_path_factory: pytest.TempPathFactory
+    on_disk: Model, gpus: list[Profile], cache: ComponentCache, tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
     """The model in 4 bits."""
     output = tmp_path_factory.mktemp("int4") / "bundle"
-    return export_bundle(on_disk, targets=[gpu], output=output, cache=cache, license="mit")
+    return export_bundle(on_disk, targets=gpus, output=output, cache=cache, license="mit")
 
 
 @pytest.fixture(scope="session")

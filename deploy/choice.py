@@ -1,0 +1,83 @@
+"""Which of a bundle's variants runs on this machine, and why not the others."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from deploy.bundle import ENGINE_RUNTIMES, Bundle, Variant
+from deploy.engine import EXTRAS, MODULES
+from deploy.errors import DeployError
+from deploy.gpu import gpu_compute_capability
+from deploy.session import PROVIDERS, available_providers
+
+__all__ = ["choose_variant", "obstacle_of"]
+
+
+def choose_variant(bundle: Bundle, requested: str | None) -> tuple[Variant, list[str]]:
+    """Choose how the transformer runs on this machine, and say why.
+
+    With a target's name it is the first of that target's variants that this machine can run, and never
+    another target's. Otherwise it is the first engine that this machine can run, one that was made for this
+    GPU before one that suits it too; without any, what onnxruntime runs on the GPU, then on the processor.
+
+    Raises:
+        DeployError: The requested target is not in the bundle or cannot run here, or none can.
+    """
+    variants = bundle.manifest.variants
+    if requested is None:
+        candidates = _best_first(variants)
+    elif not (candidates := [variant for variant in variants if variant.target == requested]):
+        targets = ", ".join(dict.fromkeys(variant.target for variant in variants))
+        raise DeployError(
+            f"{bundle.path} has no variant for {requested!r}, only for {targets}. "
+            f"Choose one of these, or export again with --target {requested}."
+        )
+    reasons: list[str] = []
+    for variant in candidates:
+        obstacle = obstacle_of(variant)
+        name = f"{variant.target} ({variant.runtime})"
+        if obstacle is None:
+            return variant, [*reasons, f"{name}: {'runs here' if requested is None else 'requested'}"]
+        reasons.append(f"{name}: passed over, {obstacle}")
+    if requested is not None:
+        raise DeployError(
+            f"The variant for {requested!r} cannot run here: {'; '.join(reasons)}. "
+            "Run it on that device, or leave the target out to take what runs here."
+        )
+    raise DeployError(
+        f"No variant of {bundle.path} can run here ({'; '.join(reasons)}). "
+        "Export again with --target cpu-x86 as well, or run it on its device."
+    )
+
+
+def _best_first(variants: list[Variant]) -> list[Variant]:
+    found = gpu_compute_capability()
+
+    def rank(variant: Variant) -> tuple[int, bool]:
+        # No engine is better than another by its kind: of one target, the profile's order decides.
+        kind = -1 if variant.runtime in ENGINE_RUNTIMES else list(PROVIDERS).index(variant.runtime)
+        return kind, variant.compute_capabilities[:1] != [found]
+
+    return sorted(variants, key=rank)
+
+
+def obstacle_of(variant: Variant) -> str | None:
+    """Return what keeps a variant from running on this machine."""
+    runtime, capabilities = variant.runtime, " or ".join(variant.compute_capabilities)
+    if runtime == "onnxruntime-cpu":
+        return None
+    found = gpu_compute_capability()
+    if runtime == "tensorrt-rtx" or runtime == "tensorrt":
+        if found is None:
+            return f"its engine needs a GPU of compute capability {capabilities}, and there is none"
+        if found not in variant.compute_capabilities:
+            return f"its engine is for compute capability {capabilities}, and this GPU has {found}"
+        for module in (MODULES[runtime], "polygraphy"):
+            if importlib.util.find_spec(module) is None:
+                return f"{module} is not installed (pip install 'hptool[{EXTRAS[runtime]}]')"
+        return None
+    if found is None:
+        return "it needs a GPU, and there is none"
+    if absent := [name for name in PROVIDERS[runtime] if name not in available_providers()]:
+        return f"onnxruntime has no {absent[0]} here (pip install 'hptool[edge-gpu]')"
+    return None
