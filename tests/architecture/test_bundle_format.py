@@ -24,7 +24,9 @@ def fields(kind: Any, name: str = "") -> Iterator[str]:
             own = f"{name}.{field.name}".removeprefix(".")
             yield own
             yield from fields(hints[field.name], own)
-    elif arguments and typing.get_origin(kind) not in (typing.Literal, types.UnionType):
+    elif typing.get_origin(kind) is types.UnionType:
+        yield from fields(arguments[0], name)
+    elif arguments and typing.get_origin(kind) is not typing.Literal:
         yield from fields(arguments[-1], name if name.endswith("*") else f"{name}.*")
 
 
