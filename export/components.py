@@ -84,6 +84,8 @@ class Precision:
     """Whether a graph that computes in float16 is wanted beside the one in float32."""
     weights: Mapping[str, Bits]
     """Bits of weights that differ, by name."""
+    fused_attention: bool = True
+    """Whether attention is one operator in the graph in float32, which a builder of engines could not read."""
     most_error: float | None = None
     """Relative error of the velocity that rounding may cause; None takes that of the bits."""
     importance: Mapping[str, NDArray[np.float64]] | None = None
@@ -99,6 +101,7 @@ class Precision:
             "group_size": self.group_size,
             "half": self.half,
             "weights": dict(self.weights),
+            "fused_attention": self.fused_attention,
             "most_error": self.most_error,
             "importance": digests,
         }
@@ -121,7 +124,10 @@ def export_transformer(model: Model, precision: Precision, bar: Bar, directory: 
     advance = bar("transformer: graphs", len(kinds))
     lowered: list[LoweredTransformer] = []
     for _, activations in kinds:
-        lowered.append(lower_transformer(mmdit, weights, activations, float32_blocks=loud))
+        fused = precision.fused_attention and activations == "float32"
+        lowered.append(
+            lower_transformer(mmdit, weights, activations, float32_blocks=loud, fused_attention=fused)
+        )
         advance()
     advance = bar("transformer: weights", len(parameters(lowered[0].graph)))
     with WeightFile(directory) as file:
@@ -140,7 +146,11 @@ def export_transformer(model: Model, precision: Precision, bar: Bar, directory: 
         graphs.append(
             CheckedGraph(name=f"transformer/{name}", lowered=each, activations=activations, weights=kind)
         )
-    lint_graphs([directory / name for name, _ in kinds], _bits_stored(stored.report))
+    lint_graphs(
+        [directory / name for name, _ in kinds],
+        _bits_stored(stored.report),
+        fused=[GRAPH] if precision.fused_attention else [],
+    )
     rows, blocks = check_transformer(
         mmdit,
         weights,

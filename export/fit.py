@@ -218,7 +218,9 @@ def fit_target(size: ModelSize, target: Profile, bits: Bits, ratio: float = 0.0)
     batch = 2 if model.guided else 1
     graph = size.transformer(batch, height, width, target.text_tokens or num_tokens(model))
     has_engine = target.runtimes[0] in ("tensorrt", "tensorrt-rtx")
-    activations = _arena(round(_scale(target) * activation_bytes(graph, fused_attention=has_engine)))
+    # Engines and onnxruntime's own operator compute attention in pieces; the float16 graph has it in parts.
+    fused = target.runtimes[0] != "onnxruntime-cuda"
+    activations = _arena(round(_scale(target) * activation_bytes(graph, fused_attention=fused)))
     need = partial(_need, size.parts, size.working(height, width), target, activations)
     found = need(bits, ratio)
     kept = round((1 - ratio) * size.parts["transformer"].stored[bits])

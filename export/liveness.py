@@ -22,7 +22,7 @@ def activation_bytes(graph: SizedGraph, *, fused_attention: bool = False) -> int
 
     Args:
         graph: At the size in question.
-        fused_attention: Whether the scores of attention never lie in memory, as in an engine for a GPU.
+        fused_attention: Whether the scores of attention never lie in memory together, as in an engine.
     """
     last = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
     hidden = attention_scores(graph) if fused_attention else frozenset()
