@@ -122,9 +122,9 @@ def page(results: dict[str, Any]) -> str:
         "# A step on a processor",
         "",
         "Made by `python -m benchmarks.edge_speed table` of what `python -m benchmarks.edge_speed measure`",
-        f"measured on {made_on['processor']}, {made_on['cores']} cores, torch {made_on['torch']}, onnxruntime",
-        f"{made_on['onnxruntime']}. INT4 in groups of 64; torch holds the same model unquantised. Every way in a",
-        "process of its own, all of them in turn; medians.",
+        f"measured on {made_on['processor']}, {made_on['cores']} cores, torch {made_on['torch']},",
+        f"onnxruntime {made_on['onnxruntime']}. INT4 in groups of 64; torch holds the model unquantised.",
+        "Every way in a process of its own, all of them in turn; medians.",
         "",
     ]
     for model, rows in results["rows"].items():

@@ -134,6 +134,8 @@ def export_bundle(
     precision = Precision(
         bits=checked_bits,
         group_size=group_size,
+        # A builder of engines reads the graph in float32 where 32 bits are asked for.
+        fused_attention=checked_bits != 32 or not num_engines(variants),
         half=checked_bits != 32 and any(target.activations == "float16" for target in targets),
         weights={name: _require_bits(value) for name, value in weights.items()},
         most_error=most_error,

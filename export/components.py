@@ -85,7 +85,7 @@ class Precision:
     weights: Mapping[str, Bits]
     """Bits of weights that differ, by name."""
     fused_attention: bool = True
-    """Whether attention is one operator in the graph in float32, which a builder of engines could not read."""
+    """Whether attention is one operator in the float32 graph, which no builder of engines could read."""
     most_error: float | None = None
     """Relative error of the velocity that rounding may cause; None takes that of the bits."""
     importance: Mapping[str, NDArray[np.float64]] | None = None

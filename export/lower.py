@@ -99,32 +99,33 @@ def trace(
 
 
 def _attention(
-    query: ir.Value,
-    key: ir.Value,
-    value: ir.Value,
-    attn_mask: ir.Value | None = None,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> ir.Value:
+) -> Any:
     """Attention of B, N heads, S tokens and H features as one operator, which never holds all scores at once.
 
     onnxruntime takes and gives [B, S, N * H]; its rewriter removes transpositions that undo each other.
     """
     if attn_mask is not None or is_causal or scale is not None or enable_gqa or dropout_p:
         raise ExportError("A block masks or scales its attention, which the fused operator is not told of.")
-    assert query.shape is not None
     heads = query.shape[1]
     assert isinstance(heads, int)
     flat = [
-        op.Reshape(op.Transpose(item, perm=(0, 2, 1, 3)), op.Constant(value_ints=(0, 0, -1)))
-        for item in (query, key, value)
+        op.Reshape(op.Transpose(item, perm=(0, 2, 1, 3)), _integers(0, 0, -1)) for item in (query, key, value)
     ]
     mixed = _MULTI_HEAD_ATTENTION(*flat, num_heads=heads)
-    apart = op.Reshape(mixed, op.Constant(value_ints=(0, 0, heads, -1)))
-    whole: ir.Value = op.Transpose(apart, perm=(0, 2, 1, 3))
-    return whole
+    apart = op.Reshape(mixed, _integers(0, 0, heads, -1))
+    return op.Transpose(apart, perm=(0, 2, 1, 3))
+
+
+def _integers(*values: int) -> Any:
+    return op.Constant(value_ints=values)
 
 
 _SCHEMA = OpSchema(  # of onnxruntime's own operators onnx knows nothing
