@@ -125,7 +125,9 @@ def test_students_of_every_family_agree_with_torch_at_sizes_that_were_not_traced
 
 def test_a_kind_of_block_is_traced_once(on_disk: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     traced, trace = [], denoiser.trace
-    monkeypatch.setattr(denoiser, "trace", lambda *args: traced.append(1) or trace(*args))
+    monkeypatch.setattr(
+        denoiser, "trace", lambda *args, **options: traced.append(1) or trace(*args, **options)
+    )
     lowered = lower_transformer(on_disk.mmdit, on_disk.weights("transformer"))
     assert lowered.blocks == ("transformer_blocks.0", "transformer_blocks.1")
     assert len(traced) == 3  # what is around the blocks, a block, and the one that ends the text
