@@ -12,13 +12,17 @@ from deploy.session import PROVIDERS, available_providers
 
 __all__ = ["choose_variant", "obstacle_of"]
 
+_WITHOUT_ENGINE = ("onnxruntime-tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime-cpu")
+"""Best first."""
+
 
 def choose_variant(bundle: Bundle, requested: str | None) -> tuple[Variant, list[str]]:
     """Choose how the transformer runs on this machine, and say why.
 
     With a target's name it is the first of that target's variants that this machine can run, and never
     another target's. Otherwise it is the first engine that this machine can run, one that was made for this
-    GPU before one that suits it too; without any, what onnxruntime runs on the GPU, then on the processor.
+    GPU before one that suits it too; without any, what onnxruntime runs on the GPU, then what runs on the
+    processor, OpenVINO first.
 
     Raises:
         DeployError: The requested target is not in the bundle or cannot run here, or none can.
@@ -55,7 +59,7 @@ def _best_first(variants: list[Variant]) -> list[Variant]:
 
     def rank(variant: Variant) -> tuple[int, bool]:
         # No engine is better than another by its kind: of one target, the profile's order decides.
-        kind = -1 if variant.runtime in ENGINE_RUNTIMES else list(PROVIDERS).index(variant.runtime)
+        kind = -1 if variant.runtime in ENGINE_RUNTIMES else _WITHOUT_ENGINE.index(variant.runtime)
         return kind, variant.compute_capabilities[:1] != [found]
 
     return sorted(variants, key=rank)
@@ -66,6 +70,9 @@ def obstacle_of(variant: Variant) -> str | None:
     runtime, capabilities = variant.runtime, " or ".join(variant.compute_capabilities)
     if runtime == "onnxruntime-cpu":
         return None
+    if runtime == "openvino":
+        missing = importlib.util.find_spec("openvino") is None
+        return "openvino is not installed (pip install 'hptool[openvino]')" if missing else None
     found = gpu_compute_capability()
     if runtime == "tensorrt-rtx" or runtime == "tensorrt":
         if found is None:

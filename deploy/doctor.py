@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from deploy.machine import Machine
-from profiles.schema import Profile, Runtime
+from profiles.schema import PROCESSOR_RUNTIMES, Profile, Runtime
 
 __all__ = ["Fault", "Verdict", "find_faults", "judge"]
 
@@ -23,6 +23,7 @@ _EXTRAS: dict[Runtime, tuple[str, ...]] = {
     "tensorrt": ("edge", "tensorrt"),
     "onnxruntime-tensorrt": ("edge-gpu", "tensorrt"),
     "onnxruntime-cuda": ("edge-gpu",),
+    "openvino": ("edge", "openvino"),
     "onnxruntime-cpu": ("edge",),
 }
 """What has to be installed to run with each; text encoders and VAE are always onnxruntime's."""
@@ -131,7 +132,7 @@ def _choose_runtime(machine: Machine, profile: Profile) -> tuple[_Obstacle | Non
 
 
 def _runtime_obstacle(machine: Machine, profile: Profile, runtime: Runtime) -> _Obstacle | None:
-    if runtime != "onnxruntime-cpu" and not machine.gpus.devices:
+    if runtime not in PROCESSOR_RUNTIMES and not machine.gpus.devices:
         return _Obstacle(reason="there is no GPU here")
     if runtime in ("tensorrt-rtx", "tensorrt") and (other := _other_gpu(machine, profile)):
         return _Obstacle(reason=f"its engine is for compute capability {profile.compute_capability}, {other}")

@@ -19,7 +19,10 @@ from deploy.prepared import cache_directory
 __all__ = ["Machine", "missing_requirements", "read_machine"]
 
 _DISTRIBUTIONS = {
-    **{name: (name,) for name in ("torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "nncf")},
+    **{
+        name: (name,)
+        for name in ("torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "nncf")
+    },
     "polygraphy": ("polygraphy",),
     "tensorrt": ("tensorrt",),
     "tensorrt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx"),

@@ -10,6 +10,7 @@ from typing import Literal
 from rich.filesize import decimal
 
 from deploy.bundle import Bundle, Variant
+from profiles.schema import PROCESSOR_RUNTIMES
 
 __all__ = ["Keep", "available_bytes", "choose_keep", "give_back", "loaded_bytes", "total_bytes"]
 
@@ -47,7 +48,7 @@ def loaded_bytes(bundle: Bundle, variant: Variant) -> int:
     """Return the bytes of the files that are read into the machine's memory, weights and graphs."""
     # The weights lie beside the graph, in one file for all graphs of a component.
     paths = [graphs[0].path for name, graphs in bundle.manifest.graphs.items() if name != "transformer"]
-    if variant.runtime == "onnxruntime-cpu":  # the weights of others go to the GPU's own memory
+    if variant.runtime in PROCESSOR_RUNTIMES:  # the weights of others go to the GPU's own memory
         paths.append(variant.path)
     directories = {path.rpartition("/")[0] for path in paths}
     files = bundle.manifest.files.items()

@@ -19,7 +19,7 @@ from deploy.errors import DeployError, extra
 from deploy.kept import cache_directory
 from deploy.memory import Keep, available_bytes, choose_keep
 from deploy.sampler import euler_step, sigmas
-from deploy.session import EngineSession, Session, open_graph, open_variant
+from deploy.session import AnySession, open_graph, open_variant
 from deploy.signature import open_signed_bundle
 from deploy.tiles import TILE, decode_tiled
 
@@ -86,7 +86,7 @@ class EdgePipeline:
         self.keep = keep
         """Which parts stay loaded: all, or the one that ran last."""
         self._threads, self._cache = threads, cache
-        self._sessions: dict[str, Session | EngineSession] = {}
+        self._sessions: dict[str, AnySession] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
         self._texts: dict[str, tuple[Floats, Floats]] = {}
         self._load_ms = 0.0
@@ -369,7 +369,7 @@ class EdgePipeline:
         outputs = self._session(component).run(inputs)
         return {name: array.astype(np.float32, copy=False) for name, array in outputs.items()}
 
-    def _session(self, component: str) -> Session | EngineSession:
+    def _session(self, component: str) -> AnySession:
         if component not in self._sessions:
             start = time.perf_counter()
             if self.keep == "one":

@@ -15,6 +15,7 @@ from deploy.engine import EngineRuntime, engine_request, import_tensorrt, kept_e
 from deploy.errors import DeployError, extra
 from deploy.kept import cache_directory
 from deploy.memory import give_back
+from deploy.openvino_session import OpenvinoSession
 from deploy.prepared import MINIMUM_BYTES, WEIGHTS, prepared_graph, processor
 
 with extra("edge"):
@@ -24,6 +25,7 @@ with extra("edge"):
 
 __all__ = [
     "PROVIDERS",
+    "AnySession",
     "EngineSession",
     "Session",
     "available_providers",
@@ -179,6 +181,9 @@ class EngineSession:
         self._runner.deactivate()
 
 
+AnySession = Session | EngineSession | OpenvinoSession
+
+
 def available_providers() -> list[str]:
     """Return the execution providers that onnxruntime was built with."""
     providers: list[str] = onnxruntime.get_available_providers()
@@ -187,7 +192,7 @@ def available_providers() -> list[str]:
 
 def open_variant(
     bundle: Bundle, variant: Variant, *, threads: int | None = None, cache: Path | None = None
-) -> Session | EngineSession:
+) -> AnySession:
     """Open the transformer as the variant runs it.
 
     Args:
@@ -204,6 +209,8 @@ def open_variant(
         request = engine_request(bundle.file(variant.path), variant, bundle.manifest.architecture)
         engine, _ = kept_engine(request, graph_digests(bundle.manifest.files, variant.path), kept)
         return EngineSession(engine, variant.runtime)
+    if variant.runtime == "openvino":
+        return OpenvinoSession(bundle.file(variant.path), threads=threads)
     if variant.runtime == "onnxruntime-cpu":
         return open_graph(bundle, variant.path, threads=threads, cache=cache)
     return Session(bundle.file(variant.path), providers=PROVIDERS[variant.runtime], threads=threads)

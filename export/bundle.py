@@ -39,6 +39,7 @@ from export.space import (
     stored_bytes,
 )
 from export.tokenizers import export_tokenizer
+from profiles.schema import PROCESSOR_RUNTIMES, load_profile
 from toolchain.artifacts import check_new_directory, new_directory, sha256, write_json
 from toolchain.card import licence_files
 from toolchain.progress import Bar, silent
@@ -253,22 +254,14 @@ def _variants(model: Model, targets: Sequence[Profile], bits: Bits) -> list[form
     """What the bundle is going to have; those of engines are finished by `build_engines`."""
     variants = [_variant(model, target, runtime, bits) for target in targets for runtime in target.runtimes]
     if _CPU_TARGET not in {variant.target for variant in variants}:
-        variants.append(
-            format.Variant(
-                target=_CPU_TARGET,
-                runtime="onnxruntime-cpu",
-                path=_transformer_graph("float32"),
-                activations="float32",
-                compute_capabilities=[],
-                shapes=None,
-            )
-        )
+        cpu = load_profile(_CPU_TARGET)
+        variants += [_variant(model, cpu, runtime, bits) for runtime in cpu.runtimes]
     return variants
 
 
 def _variant(model: Model, target: Profile, runtime: Runtime, bits: Bits) -> format.Variant:
     # A processor computes in float32, and would convert from float16 at every step.
-    whole = bits == 32 or runtime == "onnxruntime-cpu"
+    whole = bits == 32 or runtime in PROCESSOR_RUNTIMES
     activations: Activations = "float32" if whole else target.activations
     built = runtime in format.ENGINE_RUNTIMES
     assert not built or target.compute_capability is not None

@@ -27,7 +27,11 @@ __all__ = [
     "load_profile",
 ]
 
-Runtime = Literal["tensorrt-rtx", "tensorrt", "onnxruntime-tensorrt", "onnxruntime-cuda", "onnxruntime-cpu"]
+Runtime = Literal[
+    "tensorrt-rtx", "tensorrt", "onnxruntime-tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime-cpu"
+]
+PROCESSOR_RUNTIMES: tuple[Runtime, ...] = ("openvino", "onnxruntime-cpu")
+"""Those that use no GPU."""
 
 RTX_COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """What TensorRT-RTX builds engines for."""
@@ -89,7 +93,7 @@ class Profile:
     @property
     def uses_gpu(self) -> bool:
         """Whether any of the runtimes runs on a GPU."""
-        return any(runtime != "onnxruntime-cpu" for runtime in self.runtimes)
+        return any(runtime not in PROCESSOR_RUNTIMES for runtime in self.runtimes)
 
     def _require_runtimes(self) -> None:
         capability = self.compute_capability
@@ -100,12 +104,12 @@ class Profile:
         if capability is not None and not re.fullmatch(r"[1-9]\d*\.\d", capability):
             raise ProfileError(f'compute_capability must look like "8.9", not {capability!r}')
         if self.uses_gpu and capability is None:
-            named = next(runtime for runtime in self.runtimes if runtime != "onnxruntime-cpu")
+            named = next(runtime for runtime in self.runtimes if runtime not in PROCESSOR_RUNTIMES)
             raise ProfileError(f'{named} runs on a GPU: give its compute_capability, as in "8.9"')
         if not self.uses_gpu and capability is not None:
             raise ProfileError(
-                f"compute_capability is {capability}, but onnxruntime-cpu uses no GPU: leave it out, or name "
-                "a runtime that uses one"
+                f"compute_capability is {capability}, but {self.runtimes[0]} uses no GPU: leave it out, or "
+                "name a runtime that uses one"
             )
         if "tensorrt-rtx" in self.runtimes and capability not in RTX_COMPUTE_CAPABILITIES:
             raise ProfileError(
@@ -115,7 +119,7 @@ class Profile:
             )
         if not self.uses_gpu and self.activations == "float16":
             raise ProfileError(
-                "onnxruntime-cpu would convert float16 activations to float32 at every step: "
+                "a processor would convert float16 activations to float32 at every step: "
                 'write activations = "float32"'
             )
 

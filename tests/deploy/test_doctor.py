@@ -17,6 +17,7 @@ EXTRAS = {
     "tensorrt": ("tensorrt>=10.8",),
     "edge": ("onnxruntime>=1.24",),
     "edge-gpu": ("onnxruntime-gpu>=1.24",),
+    "openvino": ("openvino>=2025.4",),
 }
 BARE = Machine(
     python="3.11.7",
@@ -76,10 +77,10 @@ def test_an_rtx_engine_is_built_without_a_gpu_and_runs_on_none() -> None:
 def test_a_bare_machine_is_told_one_command() -> None:
     found = verdict(BARE, "cpu-x86")
     assert (found.export, found.engine, found.runtime) == (False, None, None)
-    assert found.install == ("pip install 'hptool[edge,export]'",)
+    assert found.install == ("pip install 'hptool[edge,export,openvino]'",)
     assert found.obstacles == (
         "export: torch>=2.6, nncf>=3.2 not installed",
-        "run: onnxruntime>=1.24 not installed",
+        "run: onnxruntime>=1.24, openvino>=2025.4 not installed; onnxruntime>=1.24 not installed",
     )
 
 
@@ -91,6 +92,13 @@ def test_an_engine_is_not_built_from_a_graph_that_cannot_be_exported() -> None:
 def test_a_target_without_a_gpu_runs_on_any_processor(target: str) -> None:
     found = verdict(machine("edge"), target)
     assert (found.engine, found.runtime) == (None, "onnxruntime-cpu")
+
+
+def test_openvino_is_what_a_pc_runs_with_once_it_is_installed() -> None:
+    found = verdict(machine("edge", "export"), "cpu-x86")
+    assert (found.runtime, found.install) == ("onnxruntime-cpu", ("pip install 'hptool[openvino]'",))
+    found = verdict(machine("edge", "export", "openvino"), "cpu-x86")
+    assert (found.runtime, found.obstacles, found.install) == ("openvino", (), ())
 
 
 def test_rtx_is_for_x86() -> None:
@@ -149,7 +157,7 @@ def test_the_other_never_joins_the_runtime_for_gpus() -> None:
     )
     incomplete = machine("edge-gpu", "export", packages={"onnxruntime-gpu": "1.20"})
     incomplete = replace(incomplete, missing=incomplete.missing | {"edge": ("tokenizers>=0.22",)})
-    assert verdict(incomplete, "cpu-x86").install == ("pip install 'hptool[edge-gpu]'",)
+    assert verdict(incomplete, "cpu-arm64").install == ("pip install 'hptool[edge-gpu]'",)
 
 
 def test_a_driver_that_is_too_old_is_named() -> None:

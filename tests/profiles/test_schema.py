@@ -95,7 +95,7 @@ def test_own_file_is_read_from_its_path(tmp_path: Path) -> None:
         ("max_batch = 1", "max_batch = 0", "max_batch must be a number above zero, not 0"),
         ("weight_bits = 4", "weight_bits = 5", "weight_bits must be 4 or 8 or 16 or 32, not 5"),
         ('"12.0"', '"sm_120"', "compute_capability must look like"),
-        ('["tensorrt-rtx", "onnxruntime-cuda"]', '["openvino"]', r"runtimes\[0\] must be 'tensorrt-rtx' or"),
+        ('["tensorrt-rtx", "onnxruntime-cuda"]', '["directml"]', r"runtimes\[0\] must be 'tensorrt-rtx' or"),
         ("[512, 768]", "[512]", r"buckets\[0\] must have 2 entries, not 1"),
         ("[512, 768]", "[512, 7.5]", r"buckets\[0\]\[1\] must be of type int"),
         ("buckets = [[512, 768], [1024, 1024]]", "buckets = 512", "buckets must be a list"),
