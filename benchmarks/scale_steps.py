@@ -88,11 +88,10 @@ def one_step(
 
 
 def _device(bundle: Bundle) -> Any:
-    from deploy.choice import choose_variant
     from deploy.kept import cache_directory
     from deploy.session import open_variant
 
-    variant, _ = choose_variant(bundle, "cpu-x86")
+    variant = next(item for item in bundle.manifest.variants if item.runtime == "onnxruntime-cpu")
     return open_variant(bundle, variant, cache=cache_directory()).run
 
 

@@ -50,7 +50,7 @@ class OpenvinoSession:
         self._dtypes = {port.get_any_name(): port.get_element_type().to_dtype() for port in compiled.inputs}
         self._outputs = [port.get_any_name() for port in compiled.outputs]
         self._request = compiled.create_infer_request()
-        give_back()  # what compiling took
+        give_back(self.path.parent)  # what compiling took, and the file's pages, of which it has its own form
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run the graph once, as `Session.run`."""
