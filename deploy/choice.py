@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 
-from deploy.bundle import ENGINE_RUNTIMES, Bundle, Variant
+from rich.filesize import decimal
+
+from deploy.bundle import ENGINE_RUNTIMES, Bundle, Variant, graph_files
 from deploy.engine import EXTRAS, MODULES
 from deploy.errors import DeployError
 from deploy.gpu import gpu_compute_capability
@@ -14,15 +16,23 @@ __all__ = ["choose_variant", "obstacle_of"]
 
 _WITHOUT_ENGINE = ("onnxruntime-tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime-cpu")
 """Best first."""
+_COMPILING = 2.6
+"""Bytes of memory for each of the graph's files while OpenVINO compiles it; measured at 3.4 GB."""
 
 
-def choose_variant(bundle: Bundle, requested: str | None) -> tuple[Variant, list[str]]:
+def choose_variant(
+    bundle: Bundle, requested: str | None, available: int | None = None
+) -> tuple[Variant, list[str]]:
     """Choose how the transformer runs on this machine, and say why.
 
     With a target's name it is the first of that target's variants that this machine can run, and never
     another target's. Otherwise it is the first engine that this machine can run, one that was made for this
     GPU before one that suits it too; without any, what onnxruntime runs on the GPU, then what runs on the
     processor, OpenVINO first.
+
+    Args:
+        requested: Name of a target; None leaves the choice open.
+        available: Bytes of memory that are free; None, where the system does not say, is enough.
 
     Raises:
         DeployError: The requested target is not in the bundle or cannot run here, or none can.
@@ -38,7 +48,7 @@ def choose_variant(bundle: Bundle, requested: str | None) -> tuple[Variant, list
         )
     reasons: list[str] = []
     for variant in candidates:
-        obstacle = obstacle_of(variant)
+        obstacle = obstacle_of(variant) or _too_large(bundle, variant, available)
         name = f"{variant.target} ({variant.runtime})"
         if obstacle is None:
             return variant, [*reasons, f"{name}: {'runs here' if requested is None else 'requested'}"]
@@ -52,6 +62,17 @@ def choose_variant(bundle: Bundle, requested: str | None) -> tuple[Variant, list
         f"No variant of {bundle.path} can run here ({'; '.join(reasons)}). "
         "Export again with --target cpu-x86 as well, or run it on its device."
     )
+
+
+def _too_large(bundle: Bundle, variant: Variant, available: int | None) -> str | None:
+    """Return by how much OpenVINO exceeds the memory while it compiles; onnxruntime needs half as much."""
+    if variant.runtime != "openvino" or available is None:
+        return None
+    files = graph_files(bundle.manifest.files, variant.path)
+    needed = round(_COMPILING * sum(file.bytes for file in files.values()))
+    if needed <= available:
+        return None
+    return f"it takes {decimal(needed)} of memory to compile, and {decimal(available)} are available"
 
 
 def _best_first(variants: list[Variant]) -> list[Variant]:

@@ -122,9 +122,10 @@ class EdgePipeline:
         if threads is not None and threads < 1:
             raise DeployError(f"A session takes one thread at least, not {threads}.")
         bundle = open_bundle(path, verify=verify) if key is None else open_signed_bundle(path, key)
-        variant, reasons = choose_variant(bundle, target)
+        available = available_bytes()
+        variant, reasons = choose_variant(bundle, target, available)
         if keep is None:
-            keep, reason = choose_keep(bundle, variant, available_bytes())
+            keep, reason = choose_keep(bundle, variant, available)
             reasons.append(reason)
         for reason in reasons:
             logger.info("%s", reason)

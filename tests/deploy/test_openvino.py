@@ -96,3 +96,11 @@ def test_it_is_chosen_before_onnxruntime_where_it_is_installed(
     chosen, reasons = choose_variant(bundle, None)
     assert chosen == CPU
     assert reasons[0].startswith("cpu-x86 (openvino): passed over, openvino is not installed")
+
+
+def test_it_is_passed_over_where_memory_does_not_suffice_to_compile(make_bundle: MakeBundle) -> None:
+    bundle = open_bundle(make_bundle(variants=[CPU, PC]))
+    chosen, reasons = choose_variant(bundle, None, available=100)
+    assert chosen == CPU
+    assert "of memory to compile, and 100 bytes are available" in reasons[0]
+    assert choose_variant(bundle, None, available=1 << 30)[0] == PC
