@@ -29,6 +29,7 @@ from toolchain.plan import PLAN_FILE, SENSITIVITY_FILE, RuleName, StrengthMode
 from toolchain.rules import Budget, Grain, Options, PositionWeight, parse_units
 
 if TYPE_CHECKING:
+    from deploy.bench import Bench
     from deploy.doctor import Fault, Verdict
     from deploy.machine import Machine
     from export.calibration import Calibration
@@ -615,6 +616,39 @@ def pull(
 
 
 @app.command()
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    prompt: Annotated[str, typer.Argument(help="What to paint.")] = "a photo of a red bicycle",
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.", min=1)] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    repeats: Annotated[int, typer.Option(help="Pictures after the first.", min=1)] = 5,
+    threads: Annotated[int | None, typer.Option(help="Default: one for every core.", min=1)] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="Variant to run; default: the best that runs here.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how long pictures take here, part by part; needs only the `edge` extra."""
+    from deploy.bench import run_bench
+
+    with _bars() as bar:
+        advance = bar("painting", 1 + repeats)
+        found = run_bench(
+            bundle,
+            target=target,
+            prompt=prompt,
+            steps=steps,
+            height=height,
+            width=width,
+            repeats=repeats,
+            threads=threads,
+            on_picture=advance,
+        )
+    _emit(asdict(found), as_json, lambda: _show_bench(found))
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A bundle directory, or a model as for `compress`.")],
     per_task: Annotated[int, typer.Option(help="Held-out captions per task.", min=1)] = 100,
@@ -975,6 +1009,21 @@ def _show_score(model: str, score: ShapesScore) -> None:
         table.add_row(task, f"{value:.3f}")
     table.add_row("mean", f"{score.mean:.3f} ± {score.standard_error:.3f}", style="bold")
     print_(table)
+
+
+def _show_bench(found: Bench) -> None:
+    title = f"{found.width} x {found.height}, {found.steps} steps, {found.target} ({found.runtime})"
+    headings = (Column(text, justify="right") for text in ("p50, ms", "p95, ms", "fewest, ms"))
+    table = Table("", *headings, title=title)
+    for name, spread in found.parts_ms.items():
+        times = (spread.p50, spread.p95, spread.fewest)
+        table.add_row(name.replace("_", " "), *(f"{item:.1f}" for item in times))
+    print_(table)
+    peak = "" if found.peak_bytes is None else f"; at most {decimal(found.peak_bytes)} of memory"
+    print_(
+        f"{found.repeats} pictures after the first, which took {found.cold_ms / 1000:.1f} s from nothing"
+        f"{peak}."
+    )
 
 
 def _show_fit(found: Fit) -> None:
