@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from export.components import Precision, part_bits
-from export.denoiser import lower_transformer
+from export.denoiser import LoweredTransformer, lower_transformer
 from export.encoders import lower_text_encoder, lower_vae_decoder
 from export.passes import parameters
 from export.quantize import Bits, store_weights
@@ -17,11 +17,11 @@ from export.weights import ALIGNMENT, WEIGHTS, WeightFile
 from toolchain.families import Model, open_model
 
 
-def lowered(model: Model, part: str) -> ir.Model:
+def lower(model: Model, part: str) -> ir.Model:
     if part == "transformer":
         return lower_transformer(model.mmdit, model.weights(part)).graph
-    lower = lower_vae_decoder if part == "vae" else lower_text_encoder
-    return lower(getattr(model.pipeline, part), model.weights(part))
+    other = lower_vae_decoder if part == "vae" else lower_text_encoder
+    return other(getattr(model.pipeline, part), model.weights(part))
 
 
 def parts(model: Model) -> list[str]:
@@ -35,7 +35,7 @@ def test_the_parameters_counted_are_those_that_the_graphs_read(
 ) -> None:
     model = open_model(str(request.getfixturevalue(family)), precision="none")
     for part in parts(model):
-        graph = lowered(model, part)
+        graph = lower(model, part)
         read, counted = parameters(graph), dict(part_parameters(model, part))
         assert {name: sorted(map(int, value.shape)) for name, value in read.items()} == {
             name: sorted(item.shape) for name, item in counted.items()
@@ -43,11 +43,13 @@ def test_the_parameters_counted_are_those_that_the_graphs_read(
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16, 32])
-def test_the_bytes_are_those_of_the_report(on_disk: Model, tmp_path: Path, bits: Bits) -> None:
+def test_the_bytes_are_those_of_the_report(
+    on_disk: Model, lowered: LoweredTransformer, tmp_path: Path, bits: Bits
+) -> None:
     precision = Precision(bits=bits, group_size=64, half=False, weights={})
     with WeightFile(tmp_path) as file:
         stored = store_weights(
-            lowered(on_disk, "transformer"),
+            lowered.graph,
             on_disk.weights("transformer"),
             file,
             bits_of=part_bits(on_disk, "transformer", precision),
