@@ -29,7 +29,7 @@ def parts(model: Model) -> list[str]:
     return [name for name in names if getattr(model.pipeline, name, None) is not None]
 
 
-@pytest.mark.parametrize("family", ["tiny_path", "tiny_dual_path", "tiny_flux_path", "tiny_sd35_path"])
+@pytest.mark.parametrize("family", ["tiny_flux_path", "tiny_sd35_path"])
 def test_the_parameters_counted_are_those_that_the_graphs_read(
     request: pytest.FixtureRequest, family: str
 ) -> None:
