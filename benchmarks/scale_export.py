@@ -199,7 +199,18 @@ def measure_run(place: Place) -> Row:
     _require(place.bundle)
     picture = place.scratch / f"{place.name}.png"
     size = str(8 * SIDE)
-    options = ["--steps", "1", "--height", size, "--width", size, "--output", str(picture)]
+    options = [
+        "--runtime",
+        "onnxruntime-cpu",
+        "--steps",
+        "1",
+        "--height",
+        size,
+        "--width",
+        size,
+        "--output",
+        str(picture),
+    ]
     command = [*_hptool("run"), str(place.bundle), PROMPT, *options]
     return _measured(_succeeded(watch(command, environment=place.environment)))
 

@@ -53,6 +53,7 @@ def run_bench(
     bundle: str | Path,
     *,
     target: str | None = None,
+    runtime: str | None = None,
     prompt: str = "a photo of a red bicycle",
     steps: int | None = None,
     height: int | None = None,
@@ -65,7 +66,7 @@ def run_bench(
 
     Args:
         bundle: Directory.
-        target: As of `EdgePipeline.open`.
+        target: As of `EdgePipeline.open`, as `runtime`.
         prompt: A number is put behind it, for a prompt that was encoded is remembered.
         steps: Of sampling; None takes the bundle's default, as for the sizes.
         repeats: Pictures after the first.
@@ -78,7 +79,7 @@ def run_bench(
     if repeats < 1:
         raise DeployError(f"repeats must be 1 at least, not {repeats}.")
     start = time.perf_counter()
-    pipeline = EdgePipeline.open(bundle, target=target, threads=threads)
+    pipeline = EdgePipeline.open(bundle, target=target, runtime=runtime, threads=threads)
     rounds: list[dict[str, float]] = []
     each_step: list[float] = []
     cold_ms = 0.0

@@ -50,7 +50,7 @@ class OpenvinoSession:
         self._dtypes = {port.get_any_name(): port.get_element_type().to_dtype() for port in compiled.inputs}
         self._outputs = [port.get_any_name() for port in compiled.outputs]
         self._request = compiled.create_infer_request()
-        give_back(self.path.parent)  # what compiling took, and the file's pages, of which it has its own form
+        self._warm = False
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run the graph once, as `Session.run`."""
@@ -60,6 +60,9 @@ class OpenvinoSession:
         except Exception as error:  # as above
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
             raise DeployError(f"{self.path} did not run on {shapes}: {_first_line(error)}") from error
+        if not self._warm:  # weights are rearranged when they are first used, and their file no longer is
+            give_back(self.path.parent)
+            self._warm = True
         # Its buffers are overwritten by the next call.
         return {name: np.array(outputs[name]) for name in self._outputs}
 

@@ -100,19 +100,21 @@ class EdgePipeline:
         verify: bool = True,
         keep: Keep | None = None,
         cache: str | PathLike[str] | None = None,
+        runtime: str | None = None,
         key: str | PathLike[str] | None = None,
     ) -> EdgePipeline:
         """Open a bundle directory for this machine.
 
         Args:
             target: Variant to run, by the name of its device profile; None takes the best that runs here.
-            threads: Of onnxruntime; None takes one for every core.
+            threads: Of one operator; None takes one for every core.
             verify: Whether to check the digest of every file before it is used.
             keep: "all" keeps parts loaded; "one" drops each before the next is loaded, so that memory is that
                 of the largest and every call loads them again. None keeps all where they fit into the
                 memory that is available now.
             cache: Directory for what is made for this machine once, large graphs as the processor wants them
                 and engines that are built on their device; None takes `$HPTOOL_CACHE` or the user's own.
+            runtime: What has to run the transformer, as `onnxruntime-cpu`; None takes the best.
             key: Public key of whoever is trusted to make bundles: one that it did not sign is refused before
                 any of its files is parsed. Every file is read then, whatever `verify` says.
 
@@ -123,7 +125,7 @@ class EdgePipeline:
             raise DeployError(f"A session takes one thread at least, not {threads}.")
         bundle = open_bundle(path, verify=verify) if key is None else open_signed_bundle(path, key)
         available = available_bytes()
-        variant, reasons = choose_variant(bundle, target, available)
+        variant, reasons = choose_variant(bundle, target, runtime=runtime, available=available)
         if keep is None:
             keep, reason = choose_keep(bundle, variant, available)
             reasons.append(reason)

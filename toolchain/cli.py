@@ -114,6 +114,9 @@ ProtectFirst = Annotated[
     int | None, typer.Option(help="Blocks at the start of which nothing goes; default: the rule's own.")
 ]
 ProtectLast = Annotated[int | None, typer.Option(help="The same at the end.")]
+OnRuntime = Annotated[
+    str | None, typer.Option(help="What has to run it, as onnxruntime-cpu; default: the best.")
+]
 WithoutT5 = Annotated[
     Literal["t5"] | None,
     typer.Option("--without", help="Leave out the T5 text encoder of Stable Diffusion 3."),
@@ -484,6 +487,7 @@ def run(
     target: Annotated[
         str | None, typer.Option("--target", "-t", help="Variant to run; default: the best that runs here.")
     ] = None,
+    runtime: OnRuntime = None,
     keep: Annotated[
         Literal["all", "one"] | None,
         typer.Option(help="Parts that stay in memory; default: all, if they fit into what is free."),
@@ -508,7 +512,7 @@ def run(
     logging.getLogger("deploy").setLevel(logging.INFO)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise DeployError(f"cannot write {output}: it is a directory or lies in none; choose another -o")
-    pipeline = EdgePipeline.open(bundle, target=target, keep=keep, key=key)
+    pipeline = EdgePipeline.open(bundle, target=target, runtime=runtime, keep=keep, key=key)
     with _bars() as bar:
         advance = bar("sampling", steps or pipeline.bundle.manifest.defaults.num_inference_steps)
         result = pipeline(
@@ -627,6 +631,7 @@ def bench(
     target: Annotated[
         str | None, typer.Option("--target", "-t", help="Variant to run; default: the best that runs here.")
     ] = None,
+    runtime: OnRuntime = None,
     as_json: Json = False,
 ) -> None:
     """Measure how long pictures take here, part by part; needs only the `edge` extra."""
@@ -637,6 +642,7 @@ def bench(
         found = run_bench(
             bundle,
             target=target,
+            runtime=runtime,
             prompt=prompt,
             steps=steps,
             height=height,

@@ -102,5 +102,15 @@ def test_it_is_passed_over_where_memory_does_not_suffice_to_compile(make_bundle:
     bundle = open_bundle(make_bundle(variants=[CPU, PC]))
     chosen, reasons = choose_variant(bundle, None, available=100)
     assert chosen == CPU
-    assert "of memory to compile, and 100 bytes are available" in reasons[0]
+    assert "of memory with OpenVINO, and 100 bytes are available" in reasons[0]
     assert choose_variant(bundle, None, available=1 << 30)[0] == PC
+
+
+def test_a_runtime_that_is_asked_for_is_taken_or_refused(make_bundle: MakeBundle) -> None:
+    bundle = open_bundle(make_bundle(variants=[CPU, PC]))
+    assert choose_variant(bundle, None, runtime="onnxruntime-cpu")[0] == CPU
+    assert choose_variant(bundle, "cpu-x86", runtime="openvino")[0] == PC
+    with pytest.raises(
+        DeployError, match="no variant for the runtime 'tensorrt', only for onnxruntime-cpu, openvino"
+    ):
+        choose_variant(bundle, None, runtime="tensorrt")
