@@ -52,7 +52,7 @@ EngineRuntime = Literal["tensorrt-rtx", "tensorrt"]
 MODULES: dict[EngineRuntime, str] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 EXTRAS: dict[EngineRuntime, str] = {"tensorrt-rtx": "rtx", "tensorrt": "tensorrt"}
 
-_BUILD_BASE_BYTES = 150_000_000
+_BUILD_BASE_BYTES = 300_000_000
 _BUILD_BYTES_PER_NODE = 270_000
 _BUILD_BYTES_PER_NODE_AND_PROFILE = 55_000
 _BUILD_BYTES_PER_BYTE = 3.38
