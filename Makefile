@@ -20,10 +20,11 @@ PIP_INSTALL = python -m pip install --quiet --disable-pip-version-check
 help: ## List the targets.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
-demo: $(VENV)/.installed ## Compress the built-in model, export it for two targets and compare what they paint.
+demo: $(VENV)/.installed ## Compress the built-in model, export it for four targets and compare what it paints.
 	@rm -rf demo
 	$(VENV)/bin/hptool compress --output demo/student
-	$(VENV)/bin/hptool export demo/student --target cpu-x86 --target rtx4090 --output demo/bundle
+	$(VENV)/bin/hptool export demo/student --target cpu-x86 --target rtx3060-12gb --target rtx4090 --target rtx5090 \
+		--output demo/bundle
 	TRANSFORMERS_VERBOSITY=error $(VENV)/bin/python -m benchmarks.demo
 
 test: $(VENV)/.installed ## Run every test, then check the edge in an environment without PyTorch.

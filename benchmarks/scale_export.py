@@ -54,11 +54,8 @@ PROMPT = "a red circle left of a blue square"
 # A device that takes the float16 graph and no engine, so that the engine can be built by itself.
 _HALF = """name = "half"
 description = "onnxruntime with activations of 16 bits"
-runtime = "onnxruntime"
-memory_gib = 24.0
-activations = "float16"
-weight_bits = 4
-group_size = 64
+extends = "rtx4090"
+runtimes = ["onnxruntime-cuda"]
 max_batch = 1
 """
 
@@ -202,7 +199,18 @@ def measure_run(place: Place) -> Row:
     _require(place.bundle)
     picture = place.scratch / f"{place.name}.png"
     size = str(8 * SIDE)
-    options = ["--steps", "1", "--height", size, "--width", size, "--output", str(picture)]
+    options = [
+        "--runtime",
+        "onnxruntime-cpu",
+        "--steps",
+        "1",
+        "--height",
+        size,
+        "--width",
+        size,
+        "--output",
+        str(picture),
+    ]
     command = [*_hptool("run"), str(place.bundle), PROMPT, *options]
     return _measured(_succeeded(watch(command, environment=place.environment)))
 

@@ -30,21 +30,27 @@ def build_engine(
     engine: Annotated[Path, typer.Argument(help="Where to write it.")],
 ) -> None:
     """Build an engine for pictures of the bundle's default size, one at a time."""
-    from export.engine import build_engine as build
+    from deploy.engine import EngineRequest
+    from deploy.engine import build_engine as build
+    from export.packed import count_found, int4_weights
 
     opened = open_bundle(bundle, verify=False)
-    defaults, factor = opened.manifest.defaults, opened.manifest.architecture.vae_scale_factor
+    defaults, architecture = opened.manifest.defaults, opened.manifest.architecture
+    factor = architecture.vae_scale_factor
     graph = bundle / HALF_GRAPH
-    build(
-        graph,
-        engine,
-        compute_capability=COMPUTE_CAPABILITY,
-        latent_sizes=[(defaults.height // factor, defaults.width // factor)],
+    request = EngineRequest(
+        runtime="tensorrt-rtx",
+        graph=str(graph),
+        compute_capabilities=(COMPUTE_CAPABILITY,),
+        latent_sizes=((defaults.height // factor, defaults.width // factor),),
         num_tokens=num_tokens(opened),
-        max_batch=1,
+        batches=(1, 2, 2) if architecture.classifier_free else (1, 1, 1),
     )
-    weights = [path for path in graph.parent.iterdir() if path.suffix != ".onnx"]
-    print(json.dumps({"onnx_bytes": sum(path.stat().st_size for path in (graph, *weights))}))
+    build(request, engine)
+    files = [path for path in graph.parent.iterdir() if path == graph or path.suffix != ".onnx"]
+    weights = int4_weights(ir.load(graph))
+    found = {"num_int4": len(weights), "num_found": count_found(engine, weights)}
+    print(json.dumps({"onnx_bytes": sum(path.stat().st_size for path in files), **found}))
 
 
 @app.command()
@@ -82,10 +88,10 @@ def one_step(
 
 
 def _device(bundle: Bundle) -> Any:
-    from deploy.prepared import cache_directory
-    from deploy.session import choose_variant, open_variant
+    from deploy.kept import cache_directory
+    from deploy.session import open_variant
 
-    variant, _ = choose_variant(bundle, "cpu-x86")
+    variant = next(item for item in bundle.manifest.variants if item.runtime == "onnxruntime-cpu")
     return open_variant(bundle, variant, cache=cache_directory()).run
 
 
@@ -106,18 +112,18 @@ def num_tokens(bundle: Bundle) -> int:
     return bundle.manifest.tokenizers["tokenizer"].max_length + own
 
 
-def draw_inputs(graph: Path, side: int, tokens: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Inputs of one picture; sizes that the graph leaves open are these."""
+def draw_inputs(graph: Path, side: int, tokens: int, batch: int = 1) -> dict[str, np.ndarray[Any, Any]]:
+    """Inputs of pictures; sizes that the graph leaves open are these."""
     known = {"hidden_states": {2: side, 3: side}, "encoder_hidden_states": {1: tokens}}
     generator = np.random.default_rng(0)
     inputs = {}
     for value in ir.load(graph).graph.inputs:
         assert value.name is not None
         assert value.shape is not None
-        sizes = {0: 1} | known.get(value.name, {})
+        sizes = {0: batch} | known.get(value.name, {})
         shape = [int(sizes.get(axis, dim)) for axis, dim in enumerate(value.shape)]  # type: ignore[arg-type]
         inputs[value.name] = generator.standard_normal(shape).astype(np.float32)
-    inputs["timestep"] = np.full([1], 500.0, dtype=np.float32)
+    inputs["timestep"] = np.full([batch], 500.0, dtype=np.float32)
     return inputs
 
 

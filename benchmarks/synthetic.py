@@ -143,6 +143,22 @@ STUDENTS = {
         shift=3.0,
         scaling=(1.5305, 0.0609),
     ),
+    # Half a billion parameters, between `shapes` and the published ones.
+    "mid-sd3": Student(
+        kind=SD3,
+        config={
+            **_SD35_LARGE,
+            "num_layers": 24,
+            "num_attention_heads": 12,
+            "joint_attention_dim": 2048,
+            "caption_projection_dim": 768,
+        },
+        clip_widths=(768, 1280),
+        t5_tokens=0,
+        size=512,
+        shift=3.0,
+        scaling=(1.5305, 0.0609),
+    ),
     "tiny-sd3.5": Student(
         kind=SD3,
         config={

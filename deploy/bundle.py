@@ -1,7 +1,7 @@
 """The bundle directory: what its manifest says, and the strict reader that holds the directory to it.
 
 Standard library only, so that a bundle can be checked where nothing is installed to run it. The digests find
-damage and mix-ups; they do not say who made the bundle.
+damage and mix-ups; who made the bundle is for a signature to say (`deploy.signature`).
 """
 
 from __future__ import annotations
@@ -9,18 +9,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import stat
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from deploy.errors import BundleError, DeployError
+from profiles.schema import Runtime
 from profiles.typed import TypedDataError, from_data
 
 __all__ = [
     "MANIFEST",
+    "MAX_FILES",
+    "MAX_MANIFEST_BYTES",
     "SCHEMA_VERSION",
+    "SIGNATURE",
     "Architecture",
     "Bundle",
     "BundleError",
@@ -31,20 +38,33 @@ __all__ = [
     "Manifest",
     "Provenance",
     "Scheduler",
+    "Shapes",
     "Tokenizer",
     "Variant",
+    "bundle_root",
+    "graph_digests",
+    "graph_files",
     "manifest_from_json",
     "manifest_to_json",
     "open_bundle",
+    "read_manifest",
+    "regular_files",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
+SIGNATURE = "bundle.sig"
+"""The one file that may lie in a bundle and is not listed: it is made of all others."""
+# Far above what any bundle has: what exceeds them was made to exhaust memory or time.
+MAX_MANIFEST_BYTES = 16 << 20
+MAX_FILES = 10_000
 # By family, the components that a bundle has besides the transformer and the decoder, and those it may have.
 ENCODERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "sd3": (("text_encoder", "text_encoder_2"), ("text_encoder_3",)),
     "flux": (("text_encoder", "text_encoder_2"), ()),
 }
+# These run what was built for one kind of GPU and for sizes that were chosen then.
+ENGINE_RUNTIMES = ("tensorrt-rtx", "tensorrt")
 # The other tokenizers of a family are CLIP's.
 T5_TOKENIZERS = {"sd3": "tokenizer_3", "flux": "tokenizer_2"}
 
@@ -125,17 +145,31 @@ class Defaults:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """All that an engine can be asked for; an ONNX graph takes any size."""
+
+    sizes: list[tuple[int, int]]
+    """Of pictures (height, width) in pixels."""
+    max_batch: int
+    """Most pictures at a time; guidance doubles the transformer's batch on top of it."""
+    text_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Variant:
-    """How the transformer runs on one target."""
+    """How the transformer runs on one target; a target may have several, best first."""
 
     target: str
     """Name of the device profile."""
-    runtime: Literal["onnxruntime", "tensorrt-rtx"]
+    runtime: Runtime
     path: str
-    """An ONNX graph, or an engine."""
+    """The engine of `tensorrt-rtx`; for all others an ONNX graph, from which `tensorrt` builds an engine on
+    the device."""
     activations: Literal["float32", "float16"]
-    compute_capability: str | None
-    """The GPU an engine was built for, as in "8.9"."""
+    compute_capabilities: list[str]
+    """GPUs that an engine is for, as in "8.9", the target's own first; none for onnxruntime."""
+    shapes: Shapes | None
+    """What an engine takes; None for onnxruntime."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +177,19 @@ class Provenance:
     """Where the weights came from and what made the bundle of them."""
 
     model: str
+    """What was exported: a directory, or a repository of the hub."""
+    revision: str | None
+    """Commit of that repository, if it is one."""
     base_model: str | None
+    """What the model was compressed from, if it was."""
+    base_revision: str | None
+    """Its commit, if it came from the hub."""
     license: str | None
+    """Identifier of the model card, or the name of the licence's file in the bundle."""
     plan_sha256: str | None
+    """Digest of the `plan.json` the model was pruned by."""
+    calibration_sha256: str | None
+    """Digest of the calibration that rounding heeded: of its `moments.safetensors`, then its `harms.json`."""
     tools: dict[str, str]
     """Versions of the tools that had a hand in it, by name."""
 
@@ -173,7 +217,7 @@ class Manifest:
     variants: list[Variant]
     provenance: Provenance
     files: dict[str, File]
-    """Every file of the bundle but the manifest, by path."""
+    """Every file of the bundle but the manifest and the signature, by path."""
 
 
 @dataclass(frozen=True)
@@ -194,9 +238,25 @@ class Bundle:
         return self.path / relative  # listed paths were found to stay inside when the manifest was read
 
 
+def graph_files(files: Mapping[str, File], path: str) -> dict[str, File]:
+    """Return a graph among a bundle's files and the weights beside it, by path."""
+    component = path.rpartition("/")[0]
+    return {
+        name: file
+        for name, file in files.items()
+        if name == path or (name.rpartition("/")[0] == component and not name.endswith(".onnx"))
+    }
+
+
+def graph_digests(files: Mapping[str, File], path: str) -> dict[str, str]:
+    """Return the digests of what `graph_files` returns."""
+    return {name: file.sha256 for name, file in graph_files(files, path).items()}
+
+
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
     """Turn the manifest into the plain data that `manifest_from_json` reads."""
-    return dataclasses.asdict(manifest)
+    data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(manifest)))  # tuples are lists there
+    return data
 
 
 def manifest_from_json(data: Any) -> Manifest:
@@ -230,12 +290,31 @@ def open_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
     Raises:
         BundleError: A file is missing, damaged, a link, not listed, or the manifest cannot be used.
     """
+    root = bundle_root(path)
+    try:
+        return _open(root, verify=verify)
+    except OSError as error:
+        raise BundleError(
+            f"{root} cannot be read: {error}. Check the disk and who may read these files."
+        ) from error
+
+
+def bundle_root(path: str | os.PathLike[str]) -> Path:
+    """Return the directory of a bundle.
+
+    Raises:
+        BundleError: It is none.
+    """
     root = Path(path)
     if not root.is_dir():
         what = "is not a directory" if root.exists() else "does not exist"
         raise BundleError(f"{root} {what}. Give the directory that `hptool export` wrote.")
-    manifest = manifest_from_json(_read_manifest(root))
-    present = _regular_files(root) - {MANIFEST}
+    return root
+
+
+def _open(root: Path, *, verify: bool) -> Bundle:
+    manifest = read_manifest(root)
+    present = regular_files(root) - {MANIFEST, SIGNATURE}
     if missing := sorted(manifest.files.keys() - present):
         raise BundleError(f"{root} lacks {_named(missing)} of its manifest. {_DAMAGED}")
     if unlisted := sorted(present - manifest.files.keys()):
@@ -248,26 +327,37 @@ def open_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
     return Bundle(root, manifest)
 
 
-def _read_manifest(root: Path) -> Any:
+def read_manifest(root: Path) -> Manifest:
+    """Read the manifest of a bundle's directory, whose files need not be there yet.
+
+    Raises:
+        BundleError: It is missing, or cannot be used.
+    """
     path = root / MANIFEST
     if path.is_symlink() or not path.is_file():
         raise BundleError(
             f"{root} has no {MANIFEST} that is a regular file, so it is not a bundle. "
             "Give the directory that `hptool export` wrote."
         )
+    if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path} has {size} bytes, and at most {MAX_MANIFEST_BYTES} are read. {_DAMAGED}")
     try:
-        return json.loads(
-            path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
+        data = json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
         )
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not the JSON it should be: {error}. {_DAMAGED}") from error
+    return manifest_from_json(data)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {name!r} is there twice")
     return table
 
 
@@ -275,10 +365,18 @@ def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is not a number of JSON")
 
 
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"the number {text} is too large")
+    return number
+
+
 def _fault(manifest: Manifest) -> str | None:
     """Return what in the manifest does not agree with the rest of it, None where everything does."""
+    if len(manifest.files) > MAX_FILES:
+        return f"it lists {len(manifest.files)} files, and a bundle has at most {MAX_FILES}"
     for relative in manifest.files:
-        if not _is_confined(relative) or relative == MANIFEST:
+        if not _is_confined(relative) or relative in (MANIFEST, SIGNATURE):
             return f"{relative!r} is not the path of a file inside the bundle"
     needed, possible = ENCODERS[manifest.architecture.family]
     encoders = [*needed, *(name for name in possible if name in manifest.graphs)]
@@ -303,22 +401,58 @@ def _fault(manifest: Manifest) -> str | None:
         return fault
     if not manifest.variants:
         return "there are no variants to run"
-    targets = [variant.target for variant in manifest.variants]
-    if len(set(targets)) < len(targets):
-        return f"two variants share a target, of {', '.join(targets)}"
-    transformers = {graph.path: graph.activations for graph in manifest.graphs["transformer"]}
-    for variant in manifest.variants:
-        if variant.runtime != "onnxruntime":
-            if variant.compute_capability is None:
-                return f"the variant {variant.target!r} is an engine without a compute_capability"
-        elif transformers.get(variant.path) != variant.activations:
-            return f"the variant {variant.target!r} is not one of the transformer's graphs"
     for part in (manifest.architecture, manifest.scheduler, manifest.defaults):
         for name, value in dataclasses.asdict(part).items():
             least = 0 if name == "max_sequence_length" else 1
             if type(value) is int and value < least:
                 return f"{type(part).__name__.lower()}.{name} must be {least} at least"
+    kinds = [(variant.target, variant.runtime) for variant in manifest.variants]
+    if len(set(kinds)) < len(kinds):
+        return f"two variants share a target and a runtime, of {', '.join(map(' '.join, kinds))}"
+    for variant in manifest.variants:
+        if fault := _variant_fault(manifest, variant):
+            return f"the variant {variant.target!r} of {variant.runtime} {fault}"
     return None
+
+
+def _variant_fault(manifest: Manifest, variant: Variant) -> str | None:
+    transformers = {graph.path: graph.activations for graph in manifest.graphs["transformer"]}
+    if variant.runtime == "tensorrt-rtx":
+        if variant.path.endswith(".onnx"):
+            return "has a graph for an engine"
+    elif transformers.get(variant.path) != variant.activations:
+        return "is not one of the transformer's graphs"
+    if variant.runtime not in ENGINE_RUNTIMES:
+        built = variant.compute_capabilities or variant.shapes
+        return "names what engines are built for, and has none" if built else None
+    if not variant.compute_capabilities:
+        return "is an engine without compute_capabilities"
+    if variant.shapes is None:
+        return "is an engine without shapes"
+    return _shapes_fault(manifest, variant.shapes)
+
+
+def _shapes_fault(manifest: Manifest, shapes: Shapes) -> str | None:
+    architecture = manifest.architecture
+    unit = architecture.vae_scale_factor * architecture.patch_size
+    most = architecture.max_latent_size * architecture.vae_scale_factor
+    if not shapes.sizes or len(set(shapes.sizes)) < len(shapes.sizes):
+        return "has an engine for no size, or for one twice"
+    for height, width in shapes.sizes:
+        if any(side % unit or not unit <= side <= most for side in (height, width)):
+            return f"has an engine for pictures of {height}x{width}, which the model cannot make"
+    if shapes.max_batch < 1:
+        return "has an engine for a max_batch below 1"
+    if shapes.text_tokens != (tokens := _num_text_tokens(manifest)):
+        return f"has an engine for {shapes.text_tokens} text tokens, and the transformer is given {tokens}"
+    return None
+
+
+def _num_text_tokens(manifest: Manifest) -> int:
+    """T5's tokens, after those of both CLIP encoders side by side where the family's text is of all three."""
+    num_tokens = manifest.defaults.max_sequence_length
+    clip = manifest.tokenizers["tokenizer"].max_length
+    return num_tokens if manifest.architecture.family == "flux" else clip + num_tokens
 
 
 def _family_fault(manifest: Manifest) -> str | None:
@@ -349,10 +483,21 @@ def _is_confined(relative: str) -> bool:
     return not any(part == ".." for part in path.parts) and not set(relative) & set("\\:\0")
 
 
-def _regular_files(root: Path) -> set[str]:
-    """Return the paths of all files under `root`, relative and with forward slashes."""
+def regular_files(root: Path) -> set[str]:
+    """Return the paths of all files under `root`, relative and with forward slashes.
+
+    Raises:
+        BundleError: Something is neither a plain file nor a directory, or there are too many.
+    """
     files: set[str] = set()
+    count = 0
     for directory, subdirectories, names in os.walk(root):
+        count += len(subdirectories) + len(names)
+        if count > MAX_FILES:
+            raise BundleError(
+                f"{root} holds more than {MAX_FILES} files, so it is not a bundle. "
+                "Give the directory that `hptool export` wrote."
+            )
         for name in [*subdirectories, *names]:
             path = Path(directory, name)
             mode = path.lstat().st_mode

@@ -10,8 +10,9 @@ from typing import Literal
 from rich.filesize import decimal
 
 from deploy.bundle import Bundle, Variant
+from profiles.schema import PROCESSOR_RUNTIMES
 
-__all__ = ["Keep", "available_bytes", "choose_keep", "give_back", "loaded_bytes"]
+__all__ = ["Keep", "available_bytes", "choose_keep", "give_back", "loaded_bytes", "total_bytes"]
 
 Keep = Literal["all", "one"]
 """Which parts stay loaded: all of them, or the one that runs."""
@@ -47,7 +48,7 @@ def loaded_bytes(bundle: Bundle, variant: Variant) -> int:
     """Return the bytes of the files that are read into the machine's memory, weights and graphs."""
     # The weights lie beside the graph, in one file for all graphs of a component.
     paths = [graphs[0].path for name, graphs in bundle.manifest.graphs.items() if name != "transformer"]
-    if variant.runtime == "onnxruntime":  # an engine's weights go to the GPU's own memory
+    if variant.runtime in PROCESSOR_RUNTIMES:  # the weights of others go to the GPU's own memory
         paths.append(variant.path)
     directories = {path.rpartition("/")[0] for path in paths}
     files = bundle.manifest.files.items()
@@ -72,6 +73,20 @@ def available_bytes(root: Path = Path("/")) -> int | None:
         except (OSError, KeyError, ValueError):
             continue
     return max(0, min(sizes))
+
+
+def total_bytes(root: Path = Path("/")) -> int | None:
+    """Return the bytes of memory that all processes may take here together, as `available_bytes`."""
+    try:
+        sizes = [1024 * _fields(root / "proc/meminfo")["MemTotal:"]]
+    except (OSError, KeyError, ValueError):
+        return None
+    for limit, *_ in _CGROUPS:
+        try:
+            sizes.append(int((root / "sys/fs/cgroup" / limit).read_text()))
+        except (OSError, ValueError):
+            continue
+    return min(sizes)
 
 
 def give_back(directory: Path | None = None) -> None:

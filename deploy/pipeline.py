@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from deploy.bundle import Bundle, Variant, open_bundle
+from deploy.choice import choose_variant
 from deploy.errors import Cancelled, DeployError, extra
+from deploy.kept import cache_directory
 from deploy.memory import Keep, available_bytes, choose_keep
-from deploy.prepared import cache_directory
 from deploy.sampler import euler_step, sigmas
-from deploy.session import EngineSession, Session, choose_variant, open_graph, open_variant
+from deploy.session import AnySession, open_graph, open_variant
+from deploy.signature import open_signed_bundle
 from deploy.tiles import TILE, decode_tiled
 
 with extra("edge"):
@@ -84,7 +86,7 @@ class EdgePipeline:
         self.keep = keep
         """Which parts stay loaded: all, or the one that ran last."""
         self._threads, self._cache = threads, cache
-        self._sessions: dict[str, Session | EngineSession] = {}
+        self._sessions: dict[str, AnySession] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
         self._texts: dict[str, tuple[Floats, Floats]] = {}
         self._load_ms = 0.0
@@ -98,28 +100,34 @@ class EdgePipeline:
         verify: bool = True,
         keep: Keep | None = None,
         cache: str | PathLike[str] | None = None,
+        runtime: str | None = None,
+        key: str | PathLike[str] | None = None,
     ) -> EdgePipeline:
         """Open a bundle directory for this machine.
 
         Args:
             target: Variant to run, by the name of its device profile; None takes the best that runs here.
-            threads: Of onnxruntime; None takes one for every core.
+            threads: Of one operator; None takes one for every core.
             verify: Whether to check the digest of every file before it is used.
             keep: "all" keeps parts loaded; "one" drops each before the next is loaded, so that memory is that
                 of the largest and every call loads them again. None keeps all where they fit into the
                 memory that is available now.
-            cache: Directory for large graphs as this processor wants them, which open faster and in less
-                memory from the second time on; None takes `$HPTOOL_CACHE` or the user's own.
+            cache: Directory for what is made for this machine once, large graphs as the processor wants them
+                and engines that are built on their device; None takes `$HPTOOL_CACHE` or the user's own.
+            runtime: What has to run the transformer, as `onnxruntime-cpu`; None takes the best.
+            key: Public key of whoever is trusted to make bundles: one that it did not sign is refused before
+                any of its files is parsed. Every file is read then, whatever `verify` says.
 
         Raises:
-            DeployError: The bundle is damaged, or has no such variant, or it cannot run here.
+            DeployError: The bundle is damaged or not signed, or has no such variant, or it cannot run here.
         """
         if threads is not None and threads < 1:
             raise DeployError(f"A session takes one thread at least, not {threads}.")
-        bundle = open_bundle(path, verify=verify)
-        variant, reasons = choose_variant(bundle, target)
+        bundle = open_bundle(path, verify=verify) if key is None else open_signed_bundle(path, key)
+        available = available_bytes()
+        variant, reasons = choose_variant(bundle, target, runtime=runtime, available=available)
         if keep is None:
-            keep, reason = choose_keep(bundle, variant, available_bytes())
+            keep, reason = choose_keep(bundle, variant, available)
             reasons.append(reason)
         for reason in reasons:
             logger.info("%s", reason)
@@ -176,6 +184,7 @@ class EdgePipeline:
 
         factor, patch = architecture.vae_scale_factor, architecture.patch_size
         shape = (len(prompts) * num_images, architecture.latent_channels, height // factor, width // factor)
+        self._check_engine(height, width, shape[0])
         seeds = [seed + index for index in range(shape[0])]
         noise = _noise(seeds, shape) if latents is None else _checked_latents(latents, shape)
         timesteps, levels = sigmas(
@@ -406,7 +415,7 @@ class EdgePipeline:
         outputs = self._session(component).run(inputs)
         return {name: array.astype(np.float32, copy=False) for name, array in outputs.items()}
 
-    def _session(self, component: str) -> Session | EngineSession:
+    def _session(self, component: str) -> AnySession:
         if component not in self._sessions:
             start = time.perf_counter()
             if self.keep == "one":
@@ -454,6 +463,25 @@ class EdgePipeline:
             raise DeployError(
                 f"This model was distilled to a fixed guidance, so guidance_scale {guidance_scale} changes "
                 "nothing. Leave it out."
+            )
+
+    def _check_engine(self, height: int, width: int, num_images: int) -> None:
+        """Refuse what the engine was not built for."""
+        if (shapes := self.variant.shapes) is None:
+            return
+        engine = f"The engine for {self.variant.target}"
+        if (height, width) not in shapes.sizes:
+            sizes = ", ".join(f"{height}x{width}" for height, width in shapes.sizes)
+            raise DeployError(
+                f"{engine} makes pictures of (height x width) {sizes}, not {height}x{width}. Ask for one of "
+                "these, or export again for a profile of your own that extends this one and has "
+                f"[{height}, {width}] among its buckets."
+            )
+        if num_images > shapes.max_batch:
+            raise DeployError(
+                f"{engine} makes {shapes.max_batch} pictures at a time at most, not {num_images}. Ask for "
+                "fewer, or export again for a profile of your own that extends this one with a larger "
+                "max_batch."
             )
 
     def _check_size(self, **sizes: int) -> None:

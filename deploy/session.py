@@ -1,9 +1,7 @@
-"""One call over what runs a graph on a device, and the choice of it: onnxruntime, or an engine for a GPU."""
+"""One call over what runs a graph on a device: onnxruntime, or an engine for a GPU."""
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import logging
 import os
 import shutil
@@ -12,9 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deploy.bundle import Bundle, Variant
+from deploy.bundle import Bundle, Variant, graph_digests, graph_files
+from deploy.engine import EngineRuntime, engine_request, import_tensorrt, kept_engine
 from deploy.errors import DeployError, extra
+from deploy.kept import cache_directory
 from deploy.memory import give_back
+from deploy.openvino_session import OpenvinoSession
 from deploy.prepared import MINIMUM_BYTES, WEIGHTS, prepared_graph, processor
 
 with extra("edge"):
@@ -23,10 +24,11 @@ with extra("edge"):
     from numpy.typing import NDArray
 
 __all__ = [
+    "PROVIDERS",
+    "AnySession",
     "EngineSession",
     "Session",
-    "choose_variant",
-    "gpu_compute_capability",
+    "available_providers",
     "open_graph",
     "open_variant",
 ]
@@ -36,6 +38,13 @@ Array = NDArray[Any]
 logger = logging.getLogger(__name__)
 
 CPU = ("CPUExecutionProvider",)
+# What a provider does not run goes to the next, which onnxruntime takes from the first to the last.
+PROVIDERS: dict[str, tuple[str, ...]] = {
+    "onnxruntime-tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", *CPU),
+    "onnxruntime-cuda": ("CUDAExecutionProvider", *CPU),
+    "onnxruntime-cpu": CPU,
+}
+"""By runtime, onnxruntime's execution providers, best first."""
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
@@ -64,7 +73,7 @@ class Session:
         self.path = Path(path)
         if threads is not None and threads < 1:
             raise DeployError(f"A session takes one thread at least, not {threads}.")
-        available = onnxruntime.get_available_providers()
+        available = available_providers()
         if absent := [provider for provider in providers if provider not in available]:
             raise DeployError(
                 f"onnxruntime {onnxruntime.__version__} has no {', '.join(absent)} here, "
@@ -102,37 +111,40 @@ class Session:
 
 
 class EngineSession:
-    """A TensorRT-RTX engine, driven through Polygraphy's runner.
+    """An engine of TensorRT-RTX or TensorRT, driven through Polygraphy's runner.
 
-    An engine runs on the GPU it was built for and nowhere else. No test executes one: tests cover how it is
-    refused, and the ONNX graph it was built from is what its pictures are checked with.
+    An engine runs on the GPUs it was built for and nowhere else. No test executes one: tests cover how it is
+    built and refused, and the ONNX graph it was built from is what its pictures are checked with.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Load an engine onto the GPU; its first load compiles it for that GPU and takes a while.
+    def __init__(self, path: str | os.PathLike[str], runtime: EngineRuntime) -> None:
+        """Load an engine onto the GPU. The first load of one of TensorRT-RTX compiles it and takes a while.
 
         Raises:
             DeployError: The runtime is not installed, or does not take the engine.
         """
         self.path = Path(path)
         # Polygraphy reads this once, when its configuration is imported.
-        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
-        with extra("rtx"):
-            import polygraphy.config
-            import tensorrt_rtx  # noqa: F401  Polygraphy loads it lazily, and would offer to install it
-            from polygraphy.backend.trt import EngineFromPath, TrtRunner
-        if not polygraphy.config.USE_TENSORRT_RTX:
+        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(runtime == "tensorrt-rtx"))
+        import_tensorrt(runtime)  # Polygraphy loads it lazily, and would offer to install it
+        import polygraphy.config
+        from polygraphy.backend.trt import EngineFromPath, TrtRunner
+
+        if (runtime == "tensorrt-rtx") != polygraphy.config.USE_TENSORRT_RTX:
             raise DeployError(
-                "Polygraphy was imported for plain TensorRT before: set POLYGRAPHY_USE_TENSORRT_RTX=1."
+                f"This process has driven another runtime than {runtime}, and Polygraphy serves one in a "
+                "process. Open this bundle in a process of its own."
             )
-        self._runner = TrtRunner(EngineFromPath(str(self.path)))
+        # "runtime": memory for the shapes that run, and not for the largest of the engine.
+        self._runner = TrtRunner(EngineFromPath(str(self.path)), allocation_strategy="runtime")
         try:
             self._runner.activate()
         except Exception as error:  # Polygraphy's, TensorRT's and the driver's have no base in common
             raise DeployError(
-                f"TensorRT-RTX cannot load {self.path}: {_first_line(error)} "
-                "Check the driver, and that tensorrt-rtx has the version the bundle's manifest names."
+                f"{runtime} cannot load {self.path}: {_first_line(error)} "
+                "Check the driver, and that the runtime has the version the engine was built with."
             ) from error
+        self._active = 0
         metadata = self._runner.get_input_metadata(use_numpy_dtypes=True)
         self._dtypes = {name: np.dtype(entry.dtype) for name, entry in metadata.items()}
 
@@ -140,27 +152,68 @@ class EngineSession:
         """Run the engine once, as `Session.run`."""
         feeds = {name: np.ascontiguousarray(array, self._dtypes.get(name)) for name, array in inputs.items()}
         try:
+            if (profile := self._profile(feeds)) != self._active:
+                self._runner.set_profile(profile)
+                self._active = profile
             outputs = self._runner.infer(feeds)
+        except DeployError:
+            raise
         except Exception as error:  # as above
-            raise DeployError(
-                f"{self.path} did not run on {_shapes(feeds)}: {_first_line(error)} "
-                "An engine takes only the sizes and batches that its device profile names."
-            ) from error
+            raise DeployError(f"{self.path} did not run on {_shapes(feeds)}: {_first_line(error)}") from error
         # The runner's buffers are overwritten by the next call.
         return {name: np.array(array) for name, array in outputs.items()}
+
+    def _profile(self, feeds: Mapping[str, Array]) -> int:
+        """Return which of the optimisation profiles takes these inputs; there is one for each size."""
+        engine = self._runner.engine
+        for index in range(engine.num_optimization_profiles):
+            bounds = {name: engine.get_tensor_profile_shape(name, index) for name in feeds}
+            if all(
+                least <= size <= most
+                for name, array in feeds.items()
+                for size, least, most in zip(array.shape, bounds[name][0], bounds[name][2], strict=True)
+            ):
+                return index
+        raise DeployError(f"{self.path} was not built for {_shapes(feeds)}. Export again for these sizes.")
 
     def close(self) -> None:
         """Give the GPU's memory back, as `Session.close`."""
         self._runner.deactivate()
 
 
+AnySession = Session | EngineSession | OpenvinoSession
+
+
+def available_providers() -> list[str]:
+    """Return the execution providers that onnxruntime was built with."""
+    providers: list[str] = onnxruntime.get_available_providers()
+    return providers
+
+
 def open_variant(
     bundle: Bundle, variant: Variant, *, threads: int | None = None, cache: Path | None = None
-) -> Session | EngineSession:
-    """Open the transformer as the variant runs it; see `open_graph`."""
-    if variant.runtime == "onnxruntime":
+) -> AnySession:
+    """Open the transformer as the variant runs it.
+
+    Args:
+        threads: As of `open_graph`.
+        cache: As of `open_graph`; the engine of `tensorrt` is built when it is not there.
+
+    Raises:
+        DeployError: It cannot be loaded, or its engine cannot be built here.
+    """
+    if variant.runtime == "tensorrt-rtx":
+        return EngineSession(bundle.file(variant.path), variant.runtime)
+    if variant.runtime == "tensorrt":
+        kept = cache_directory() if cache is None else cache
+        request = engine_request(bundle.file(variant.path), variant, bundle.manifest.architecture)
+        engine, _ = kept_engine(request, graph_digests(bundle.manifest.files, variant.path), kept)
+        return EngineSession(engine, variant.runtime)
+    if variant.runtime == "openvino":
+        return OpenvinoSession(bundle.file(variant.path), threads=threads)
+    if variant.runtime == "onnxruntime-cpu":
         return open_graph(bundle, variant.path, threads=threads, cache=cache)
-    return EngineSession(bundle.file(variant.path))
+    return Session(bundle.file(variant.path), providers=PROVIDERS[variant.runtime], threads=threads)
 
 
 def open_graph(
@@ -177,15 +230,10 @@ def open_graph(
     Raises:
         DeployError: The graph cannot be loaded.
     """
-    graph, component = bundle.file(path), path.rpartition("/")[0]
-    files = {
-        name: file
-        for name, file in bundle.manifest.files.items()
-        if name == path or (name.rpartition("/")[0] == component and not name.endswith(".onnx"))
-    }
-    num_bytes = sum(file.bytes for file in files.values())
+    graph = bundle.file(path)
+    num_bytes = sum(file.bytes for file in graph_files(bundle.manifest.files, path).values())
     if cache is not None and num_bytes >= MINIMUM_BYTES:
-        facts = {name: file.sha256 for name, file in files.items()}
+        facts = graph_digests(bundle.manifest.files, path)
         facts |= {"onnxruntime": onnxruntime.__version__, "processor": processor()}
         prepared = prepared_graph(graph, facts, num_bytes, partial(_prepare, graph), cache)
         if prepared is not None and (session := _open_prepared(prepared, threads)) is not None:
@@ -255,75 +303,6 @@ def _load(path: Path, options: Any, providers: Sequence[str]) -> Any:
         return onnxruntime.InferenceSession(path, options, providers=list(providers))
     except Exception as error:  # its exceptions have no public base class
         raise DeployError(f"onnxruntime cannot load {path}: {_first_line(error)}") from error
-
-
-def choose_variant(bundle: Bundle, requested: str | None) -> tuple[Variant, list[str]]:
-    """Choose how the transformer runs on this machine, and say why.
-
-    A variant requested by its target's name is taken or refused. Otherwise it is the first engine that this
-    machine can run, and without one the first that onnxruntime runs.
-
-    Raises:
-        DeployError: The requested variant is not in the bundle or cannot run here, or none can.
-    """
-    variants = bundle.manifest.variants
-    targets = ", ".join(variant.target for variant in variants)
-    if requested is not None:
-        named = [variant for variant in variants if variant.target == requested]
-        if not named:
-            raise DeployError(
-                f"{bundle.path} has no variant for {requested!r}, only for {targets}. "
-                f"Choose one of these, or export again with --target {requested}."
-            )
-        if obstacle := _obstacle(named[0]):
-            raise DeployError(
-                f"The variant for {requested!r} cannot run here: {obstacle}. "
-                "Run it on that device, or leave the target out to take what runs here."
-            )
-        return named[0], [f"{requested}: requested"]
-    reasons: list[str] = []
-    for variant in sorted(variants, key=lambda variant: variant.runtime == "onnxruntime"):
-        obstacle = _obstacle(variant)
-        if obstacle is None:
-            on = "onnxruntime" if variant.runtime == "onnxruntime" else "the GPU it was built for"
-            return variant, [*reasons, f"{variant.target}: runs here on {on}"]
-        reasons.append(f"{variant.target}: passed over, {obstacle}")
-    raise DeployError(
-        f"No variant of {bundle.path} can run here ({'; '.join(reasons)}). "
-        "Export again with --target cpu-x86 as well, or run it on its device."
-    )
-
-
-def gpu_compute_capability() -> str | None:
-    """Return the compute capability of the first visible CUDA GPU, as in "8.9"; None where there is none."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        return None
-    device, value = ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGet(ctypes.byref(device), 0) != 0:
-        return None
-    numbers = []
-    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device) != 0:
-            return None
-        numbers.append(str(value.value))
-    return ".".join(numbers)
-
-
-def _obstacle(variant: Variant) -> str | None:
-    """Return what keeps a variant from running on this machine."""
-    if variant.runtime == "onnxruntime":
-        return None
-    found = gpu_compute_capability()
-    if found is None:
-        return f"its engine needs a GPU of compute capability {variant.compute_capability}, and there is none"
-    if found != variant.compute_capability:
-        return f"its engine is for compute capability {variant.compute_capability}, and this GPU has {found}"
-    for module in ("tensorrt_rtx", "polygraphy"):
-        if importlib.util.find_spec(module) is None:
-            return f"{module} is not installed (pip install 'hptool[rtx]')"
-    return None
 
 
 def _shapes(feeds: Mapping[str, Array]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from deploy import bundle as format
 from deploy.bundle import Bundle, open_bundle
+from deploy.engine import build_memory_bytes
 from export.cache import ComponentCache, component_key
 from export.calibration import GROUP_SIZE, Calibration
 from export.components import (
@@ -24,18 +26,26 @@ from export.components import (
     export_vae_decoder,
     num_tokens,
 )
-from export.engine import build_engine, require_tensorrt_rtx
+from export.engine import ENGINES, TURING, build_engines, num_engines, require_tensorrt_rtx
 from export.errors import ExportError
 from export.harm import weight_bits
 from export.lower import Activations
 from export.quantize import Bits
-from export.space import Needs, expected_bytes, memory_bytes, require_space
+from export.space import (
+    NODES_PER_BLOCK,
+    Needs,
+    export_memory_bytes,
+    require_space,
+    stored_bytes,
+)
 from export.tokenizers import export_tokenizer
+from profiles.schema import PROCESSOR_RUNTIMES, load_profile
 from toolchain.artifacts import check_new_directory, new_directory, sha256, write_json
+from toolchain.card import licence_files
 from toolchain.progress import Bar, silent
 
 if TYPE_CHECKING:
-    from profiles.schema import Profile
+    from profiles.schema import Profile, Runtime
     from toolchain.families import Model
 
 __all__ = ["export_bundle"]
@@ -73,7 +83,7 @@ def export_bundle(
     *,
     targets: Sequence[Profile],
     output: Path,
-    bits: int = 4,
+    bits: int | None = None,
     bits_of_components: Mapping[str, int] | None = None,
     calibration: Calibration | None = None,
     max_bytes: int | None = None,
@@ -82,6 +92,7 @@ def export_bundle(
     bar: Bar = silent,
     plan_sha256: str | None = None,
     base_model: str | None = None,
+    base_revision: str | None = None,
     license: str | None = None,
 ) -> Bundle:
     """Write a pipeline as a bundle for the given devices, each graph compared with torch before it is kept.
@@ -90,7 +101,8 @@ def export_bundle(
         model: Its parts may lie on the meta device: then their tensors are read one at a time.
         targets: Devices; the CPU variant is there with any of them.
         output: Directory that appears when the bundle is whole.
-        bits: Of the weights of the transformer blocks' linears; 32 leaves everything in float32.
+        bits: Of the weights of the transformer blocks' linears; 32 leaves everything in float32, and None
+            takes what the targets say.
         bits_of_components: Bits of components of the transformer that differ, as `7.ff`.
         calibration: Of this model: rounding heeds the inputs that matter.
         max_bytes: Of the blocks' linears, whose bits are then chosen one by one so that rounding harms least.
@@ -99,7 +111,8 @@ def export_bundle(
         bar: Starts progress bars.
         plan_sha256: Digest of the plan the student was made with.
         base_model: What the student was made of.
-        license: Of the weights.
+        base_revision: Its commit on the hub.
+        license: Of the weights; files that lie with the model and say it in full go into the bundle.
 
     Raises:
         ExportError: The pipeline or a target cannot be exported, a graph differs from torch, or there is not
@@ -107,9 +120,9 @@ def export_bundle(
         ToolchainError: `output` cannot be written, or the model's files are damaged.
     """
     check_new_directory(output)
-    checked_bits = _require_bits(bits)
     _require_pipeline(model.pipeline)
-    group_size = _require_targets(model, targets, checked_bits)
+    checked_bits, group_size = _require_targets(targets, bits)
+    variants = _variants(model, targets, checked_bits)
     weights = weight_bits(model.mmdit, bits_of_components or {})
     if max_bytes is not None:
         if calibration is None or weights:
@@ -118,9 +131,12 @@ def export_bundle(
                 "a model whose plan.json names no bits."
             )
         group_size, weights = GROUP_SIZE, calibration.bits(max_bytes)
+    _require_turing(targets, {checked_bits, *weights.values()})
     precision = Precision(
         bits=checked_bits,
         group_size=group_size,
+        # A builder of engines reads the graph in float32 where 32 bits are asked for.
+        fused_attention=checked_bits != 32 or not num_engines(variants),
         half=checked_bits != 32 and any(target.activations == "float16" for target in targets),
         weights={name: _require_bits(value) for name, value in weights.items()},
         most_error=most_error,
@@ -128,7 +144,8 @@ def export_bundle(
     )
     parts = _parts(model, precision, bar)
     keys = {name: component_key(model, part.source, part.options, cache) for name, part in parts.items()}
-    require_space(_needs(model, parts, keys, precision, targets, cache), output=output, cache=cache.path)
+    needs = _needs(model, parts, keys, precision, num_engines(variants), cache)
+    require_space(needs, output=output, cache=cache.path)
     with new_directory(output) as directory:
         components: dict[str, Component] = {}
         files: dict[str, format.File] = {}
@@ -139,10 +156,21 @@ def export_bundle(
             name: export_tokenizer(model, name, directory)
             for name in (encoder.replace("text_encoder", "tokenizer") for encoder in _encoders(model))
         }
-        variants = [_export_variant(model, target, directory, checked_bits, bar) for target in targets]
-        if _CPU_TARGET not in {variant.target for variant in variants}:
-            variants.append(_onnxruntime_variant(_CPU_TARGET, "float32"))
+        variants, engines, written = build_engines(
+            variants,
+            directory,
+            files=files,
+            architecture=_architecture(model),
+            cache=cache.path,
+            bar=bar,
+        )
+        files |= written
+        if engines:
+            report = {"schema_version": 1, "engines": [dataclasses.asdict(engine) for engine in engines]}
+            write_json(directory / ENGINES, report)
         write_json(directory / "parity.json", _parity_report(components))
+        for path in licence_files(model.path):
+            shutil.copyfile(path, directory / path.name)
         manifest = format.Manifest(
             schema_version=format.SCHEMA_VERSION,
             architecture=_architecture(model),
@@ -153,10 +181,13 @@ def export_bundle(
             variants=variants,
             provenance=format.Provenance(
                 model=model.source,
+                revision=model.revision,
                 base_model=base_model,
+                base_revision=base_revision,
                 license=license,
                 plan_sha256=plan_sha256,
-                tools=_tool_versions(with_engines=any(variant.compute_capability for variant in variants)),
+                calibration_sha256=None if calibration is None else calibration.sha256,
+                tools=_tool_versions(with_engines=num_engines(variants) > 0),
             ),
             files=_digests(directory, files),
         )
@@ -203,52 +234,44 @@ def _needs(
     parts: Mapping[str, _Part],
     keys: Mapping[str, str],
     precision: Precision,
-    targets: Sequence[Profile],
+    num_engines: int,
     cache: ComponentCache,
 ) -> Needs:
-    sizes = {name: expected_bytes(model, part.source, precision) for name, part in parts.items()}
+    sizes = {name: stored_bytes(model, part.source, precision) for name, part in parts.items()}
     held = {name for name in parts if cache.holds(keys[name])}
-    engines = sum(target.runtime != "onnxruntime" for target in targets)
+    building = 0
+    if num_engines:
+        building = build_memory_bytes(sizes["transformer"], NODES_PER_BLOCK * len(model.mmdit.blocks))
     return Needs(
         components={name: size for name, size in sizes.items() if name not in held},
         cached={name: sizes[name] for name in held},
-        engines=engines * sizes["transformer"],
-        memory=memory_bytes(model, sizes["transformer"], engine=engines > 0),
+        engines=num_engines * sizes["transformer"],
+        memory=max(export_memory_bytes(model), building),
     )
 
 
-def _export_variant(model: Model, target: Profile, directory: Path, bits: Bits, bar: Bar) -> format.Variant:
-    activations: Activations = "float32" if bits == 32 else target.activations
-    if target.runtime == "onnxruntime":
-        return _onnxruntime_variant(target.name, activations)
-    assert target.compute_capability is not None
-    advance = bar(f"engine for {target.name}", 1)
-    path = f"engines/{target.name}/transformer.engine"
-    build_engine(
-        directory / _transformer_graph(activations),
-        directory / path,
-        compute_capability=target.compute_capability,
-        latent_sizes=_latent_sizes(model, target),
-        num_tokens=target.text_tokens or num_tokens(model),
-        max_batch=target.max_batch,
-    )
-    advance()
+def _variants(model: Model, targets: Sequence[Profile], bits: Bits) -> list[format.Variant]:
+    """What the bundle is going to have; those of engines are finished by `build_engines`."""
+    variants = [_variant(model, target, runtime, bits) for target in targets for runtime in target.runtimes]
+    if _CPU_TARGET not in {variant.target for variant in variants}:
+        cpu = load_profile(_CPU_TARGET)
+        variants += [_variant(model, cpu, runtime, bits) for runtime in cpu.runtimes]
+    return variants
+
+
+def _variant(model: Model, target: Profile, runtime: Runtime, bits: Bits) -> format.Variant:
+    # A processor computes in float32, and would convert from float16 at every step.
+    whole = bits == 32 or runtime in PROCESSOR_RUNTIMES
+    activations: Activations = "float32" if whole else target.activations
+    built = runtime in format.ENGINE_RUNTIMES
+    assert not built or target.compute_capability is not None
     return format.Variant(
         target=target.name,
-        runtime=target.runtime,
-        path=path,
-        activations=activations,
-        compute_capability=target.compute_capability,
-    )
-
-
-def _onnxruntime_variant(target: str, activations: Activations) -> format.Variant:
-    return format.Variant(
-        target=target,
-        runtime="onnxruntime",
+        runtime=runtime,
         path=_transformer_graph(activations),
         activations=activations,
-        compute_capability=None,
+        compute_capabilities=[target.compute_capability] if built and target.compute_capability else [],
+        shapes=_shapes(model, target) if built else None,
     )
 
 
@@ -256,19 +279,30 @@ def _transformer_graph(activations: str) -> str:
     return f"transformer/{GRAPH if activations == 'float32' else HALF_GRAPH}"
 
 
-def _latent_sizes(model: Model, target: Profile) -> list[tuple[int, int]]:
+def _shapes(model: Model, target: Profile) -> format.Shapes:
+    """What the target's engines are built for.
+
+    Raises:
+        ExportError: The model does not take it.
+    """
     architecture = _architecture(model)
-    factor, patch = architecture.vae_scale_factor, architecture.patch_size
-    sizes = []
-    for picture in target.buckets or [(model.defaults.height, model.defaults.width)]:
-        if any(side % (factor * patch) or side // factor > architecture.max_latent_size for side in picture):
+    unit = architecture.vae_scale_factor * architecture.patch_size
+    most = architecture.max_latent_size * architecture.vae_scale_factor
+    sizes = list(target.buckets or [(model.defaults.height, model.defaults.width)])
+    for picture in sizes:
+        if any(side % unit or side > most for side in picture):
             raise ExportError(
                 f"The target {target.name} asks for pictures of {picture[0]}x{picture[1]}, which the model "
-                f"cannot make: both sides must be multiples of {factor * patch} up to "
-                f"{architecture.max_latent_size * factor}. Change the buckets of its profile."
+                f"cannot make: both sides must be multiples of {unit} up to {most}. Change the buckets of "
+                "its profile."
             )
-        sizes.append((picture[0] // factor, picture[1] // factor))
-    return sizes
+    made = num_tokens(model)
+    if target.text_tokens not in (0, made):
+        raise ExportError(
+            f"The target {target.name} asks for engines of {target.text_tokens} text tokens, and prompts of "
+            f"this model make {made}. Leave text_tokens out of its profile."
+        )
+    return format.Shapes(sizes=sizes, max_batch=target.max_batch, text_tokens=made)
 
 
 def _architecture(model: Model) -> format.Architecture:
@@ -335,25 +369,44 @@ def _require_pipeline(pipeline: Any) -> None:
             )
 
 
-def _require_targets(model: Model, targets: Sequence[Profile], bits: Bits) -> int:
-    """Check before any work is done what can be, and return the group size that all targets share."""
+def _require_targets(targets: Sequence[Profile], bits: int | None) -> tuple[Bits, int]:
+    """Check before any work is done what can be; return the bits and group size that all targets share."""
     if not targets:
         raise ExportError("There is no target to export for. Name at least one with --target.")
     names = [target.name for target in targets]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ExportError(f"The target {', '.join(twice)} is named twice. Name each --target once.")
-    sizes = {target.group_size for target in targets}
-    if len(sizes) > 1 and bits < 16:
-        listed = ", ".join(f"{target.name} {target.group_size}" for target in targets)
+    if bits is None:
+        bits = _agreed({target.name: target.weight_bits for target in targets}, "weights of different bits")
+    checked = _require_bits(bits)
+    sizes = {target.name: target.group_size for target in targets}
+    size = targets[0].group_size if checked >= 16 else _agreed(sizes, "weights in groups of different sizes")
+    if any("tensorrt-rtx" in target.runtimes for target in targets):
+        require_tensorrt_rtx()
+    return checked, size
+
+
+def _require_turing(targets: Sequence[Profile], bits: set[int]) -> None:
+    turing = [
+        target.name
+        for target in targets
+        if target.compute_capability == TURING and "tensorrt-rtx" in target.runtimes
+    ]
+    if turing and 4 in bits:
         raise ExportError(
-            f"The targets want weights in groups of different sizes ({listed}), and a bundle stores them "
-            "once. Export a bundle for each."
+            f"TensorRT-RTX builds no engine with 4-bit weights for compute capability {TURING}, which "
+            f"{', '.join(turing)} has. Export with --bits 8 or 16, or take tensorrt-rtx out of its runtimes."
         )
-    for target in targets:
-        if target.runtime != "onnxruntime":
-            require_tensorrt_rtx()
-            _latent_sizes(model, target)
-    return sizes.pop()
+
+
+def _agreed(wishes: Mapping[str, int], what: str) -> int:
+    if len(set(wishes.values())) > 1:
+        listed = ", ".join(f"{name} {value}" for name, value in wishes.items())
+        raise ExportError(
+            f"The targets want {what} ({listed}), and a bundle stores them once. Export a bundle for each, "
+            "or choose the bits for all with --bits."
+        )
+    return next(iter(wishes.values()))
 
 
 def _parity_report(components: Mapping[str, Component]) -> dict[str, Any]:

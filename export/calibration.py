@@ -7,6 +7,7 @@ export that uses it needs no more than one tensor at a time.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ class Calibration:
     moments: Moments
     harms: tuple[Weight, ...]
     """Of all linears of the blocks, in groups of `GROUP_SIZE`."""
+    sha256: str
+    """Digest of the two files, one after the other."""
 
     @property
     def importance(self) -> dict[str, NDArray[np.float64]]:
@@ -123,4 +126,7 @@ def read_calibration(directory: Path, model: Model) -> Calibration:
             f"{directory} is the calibration of {moments.settings['model']}, whose weights are not those of "
             f"{model.source}. Calibrate the model that is exported: hptool calibrate {model.source}."
         )
-    return Calibration(moments=moments, harms=harms)
+    whole = hashlib.sha256()
+    for name in (_MOMENTS, _HARMS):
+        whole.update((directory / name).read_bytes())
+    return Calibration(moments=moments, harms=harms, sha256=whole.hexdigest())

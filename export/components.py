@@ -49,6 +49,7 @@ __all__ = [
     "export_vae_decoder",
     "max_length",
     "num_tokens",
+    "part_bits",
 ]
 
 GRAPH = "model.onnx"
@@ -83,6 +84,8 @@ class Precision:
     """Whether a graph that computes in float16 is wanted beside the one in float32."""
     weights: Mapping[str, Bits]
     """Bits of weights that differ, by name."""
+    fused_attention: bool = True
+    """Whether attention is one operator in the float32 graph, which no builder of engines could read."""
     most_error: float | None = None
     """Relative error of the velocity that rounding may cause; None takes that of the bits."""
     importance: Mapping[str, NDArray[np.float64]] | None = None
@@ -98,6 +101,7 @@ class Precision:
             "group_size": self.group_size,
             "half": self.half,
             "weights": dict(self.weights),
+            "fused_attention": self.fused_attention,
             "most_error": self.most_error,
             "importance": digests,
         }
@@ -120,7 +124,10 @@ def export_transformer(model: Model, precision: Precision, bar: Bar, directory: 
     advance = bar("transformer: graphs", len(kinds))
     lowered: list[LoweredTransformer] = []
     for _, activations in kinds:
-        lowered.append(lower_transformer(mmdit, weights, activations, float32_blocks=loud))
+        fused = precision.fused_attention and activations == "float32"
+        lowered.append(
+            lower_transformer(mmdit, weights, activations, float32_blocks=loud, fused_attention=fused)
+        )
         advance()
     advance = bar("transformer: weights", len(parameters(lowered[0].graph)))
     with WeightFile(directory) as file:
@@ -139,7 +146,11 @@ def export_transformer(model: Model, precision: Precision, bar: Bar, directory: 
         graphs.append(
             CheckedGraph(name=f"transformer/{name}", lowered=each, activations=activations, weights=kind)
         )
-    lint_graphs([directory / name for name, _ in kinds], _bits_stored(stored.report))
+    lint_graphs(
+        [directory / name for name, _ in kinds],
+        _bits_stored(stored.report),
+        fused=[GRAPH] if precision.fused_attention else [],
+    )
     rows, blocks = check_transformer(
         mmdit,
         weights,
@@ -201,18 +212,31 @@ def export_vae_decoder(model: Model, bits: Bits, bar: Bar, directory: Path) -> C
         with streamed(vae, weights):
             return decoder_cases(vae)
 
-    plain: Bits = 32 if bits == 32 else 16
     return _export_plain(
         "vae_decoder",
         graph,
         weights,
         cases,
         directory,
-        lambda _: (plain, "the decoder is not quantised"),
+        _decoder_bits(bits),
         64,
         _plain(bits),
         bar,
     )
+
+
+def part_bits(model: Model, part: str, precision: Precision) -> BitsOf:
+    """How the parameters of a part are stored, by their names."""
+    if part == "transformer":
+        return _bits_of_transformer(model.mmdit, precision)
+    if part == "vae":
+        return _decoder_bits(precision.bits)
+    return encoder_bits(getattr(model.pipeline, part), precision.bits)
+
+
+def _decoder_bits(bits: Bits) -> BitsOf:
+    plain: Bits = 32 if bits == 32 else 16
+    return lambda _: (plain, "the decoder is not quantised")
 
 
 def _plain(bits: Bits) -> parity.Weights:

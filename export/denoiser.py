@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
-from export.lower import DTYPES, Activations, bind, trace, without_weights
+from export.lower import DTYPES, MICROSOFT, Activations, bind, trace, without_weights
 from toolchain.families.mmdit import MMDiT, Streams, TextStates, shallow_copy
 
 __all__ = ["Boundary", "LoweredTransformer", "lower_transformer"]
@@ -59,6 +59,7 @@ def lower_transformer(
     activations: Activations = "float32",
     *,
     float32_blocks: Collection[str] = (),
+    fused_attention: bool = False,
 ) -> LoweredTransformer:
     """Lower the denoiser; batch, height, width and the number of text tokens stay free.
 
@@ -67,6 +68,7 @@ def lower_transformer(
         weights: Its tensors, each asked for when it is written and not before.
         activations: What the graph computes in.
         float32_blocks: Names of blocks that compute in float32 all the same.
+        fused_attention: Whether attention is one operator, which onnxruntime alone knows.
 
     Raises:
         ToolchainError: Its positions cannot be computed for every size of picture.
@@ -89,12 +91,16 @@ def lower_transformer(
         if (kind := f"{own} {_kind(block)}") not in kinds:
             # A copy of its own, for its type is its own.
             empty, apart = without_weights(block, own)
-            kinds[kind] = _trace_block(view, empty, apart, dtype, num_waves=len(shared) - 1)
+            kinds[kind] = _trace_block(
+                view, empty, apart, dtype, num_waves=len(shared) - 1, fused_attention=fused_attention
+            )
         blocks.append(names[id(block)])
         streams = assembly.append(kinds[kind], [*streams, *shared], blocks[-1])
         boundaries.append(_boundary(streams))
     for node, index in behind:
         node.replace_input_with(index, streams[0])
+    if fused_attention:
+        model.opset_imports[MICROSOFT] = 1
     passes.Sequential(common.TopologicalSortPass(), common.CommonSubexpressionEliminationPass())(model)
     return LoweredTransformer(
         graph=bind(model, weights, transformer.pos_embed.named_buffers("pos_embed")),
@@ -124,7 +130,13 @@ def _trace_frame(view: MMDiT, fake: FakeTensorMode, dtype: torch.dtype) -> ir.Mo
 
 
 def _trace_block(
-    view: MMDiT, block: nn.Module, fake: FakeTensorMode, dtype: torch.dtype, *, num_waves: int
+    view: MMDiT,
+    block: nn.Module,
+    fake: FakeTensorMode,
+    dtype: torch.dtype,
+    *,
+    num_waves: int,
+    fused_attention: bool,
 ) -> ir.Model:
     width = view.inner_width
     with fake:
@@ -137,7 +149,14 @@ def _trace_block(
             inputs[name] = torch.empty(length, view.rotary_width)
     batch, tokens, patches = Dim("batch"), Dim("tokens"), Dim("patches")
     shapes = ({0: batch, 1: patches}, {0: batch, 1: tokens}, {0: batch}, *({0: tokens}, {0: patches}) * 2)
-    return trace(_Block(view, block, dtype), fake, inputs, ["image_out"], shapes[: len(inputs)])
+    return trace(
+        _Block(view, block, dtype),
+        fake,
+        inputs,
+        ["image_out"],
+        shapes[: len(inputs)],
+        fused_attention=fused_attention,
+    )
 
 
 def _kind(block: nn.Module) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
 from export.errors import ExportError
-from export.lower import OPSET
+from export.lower import ATTENTION, MICROSOFT, OPSET
 from export.weights import ALIGNMENT, WEIGHTS
 
 __all__ = ["lint_graphs"]
@@ -18,12 +18,13 @@ _LARGE = 1 << 20
 _TYPES = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
 
 
-def lint_graphs(paths: Sequence[Path], quantized: Mapping[str, int]) -> None:
+def lint_graphs(paths: Sequence[Path], quantized: Mapping[str, int], *, fused: Collection[str] = ()) -> None:
     """Check all graphs of a component together, for they share one file of weights.
 
     Args:
         paths: In one directory, `weights.data` beside them.
         quantized: Bits of the weights that were stored in few, by name.
+        fused: Names of the graphs whose attention is one operator of onnxruntime's own.
 
     Raises:
         ExportError: Something is not as it should be; all that is wrong is named.
@@ -33,7 +34,9 @@ def lint_graphs(paths: Sequence[Path], quantized: Mapping[str, int]) -> None:
     size = (paths[0].parent / WEIGHTS).stat().st_size
     for path in paths:
         model = ir.load(path)
-        faults += (f"{path.name}: {fault}" for fault in _faults(model, quantized, size))
+        faults += (
+            f"{path.name}: {fault}" for fault in _faults(model, quantized, size, fused=path.name in fused)
+        )
         used += (
             (tensor.offset or 0, tensor.length or 0)
             for value in model.graph.initializers.values()
@@ -49,11 +52,15 @@ def lint_graphs(paths: Sequence[Path], quantized: Mapping[str, int]) -> None:
         )
 
 
-def _faults(model: ir.Model, quantized: Mapping[str, int], size: int) -> Iterator[str]:
+def _faults(model: ir.Model, quantized: Mapping[str, int], size: int, *, fused: bool) -> Iterator[str]:
     if model.ir_version > _IR_VERSION:
         yield f"its IR version is {model.ir_version}, above {_IR_VERSION}"
-    if model.opset_imports != {"": OPSET}:
-        yield f"it asks for the operator sets {model.opset_imports}, not for {OPSET} of ONNX alone"
+    wanted = {"": OPSET} | ({MICROSOFT: 1} if fused else {})
+    if model.opset_imports != wanted:
+        yield f"it asks for the operator sets {model.opset_imports}, not for {wanted}"
+    foreign = {node.op_type for node in model.graph if node.domain} - ({ATTENTION} if fused else set())
+    if foreign:
+        yield f"operators that are not of ONNX: {', '.join(sorted(foreign))}"
     for name, bits in quantized.items():
         value = model.graph.initializers.get(name)
         if value is None or value.dtype != _TYPES[bits]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,10 +20,12 @@ from export.weights import WeightFile
 __all__ = [
     "Bits",
     "BitsOf",
+    "Form",
     "QuantReport",
     "QuantizedTensor",
     "SkippedTensor",
     "StoredWeights",
+    "choose_form",
     "choose_group_size",
     "store_weights",
 ]
@@ -35,6 +37,22 @@ _SMALLEST_GROUP = 16
 
 BitsOf = Callable[[str], tuple[Bits, str]]
 """How many bits a linear's weight takes, by its name; and why they are 16 or 32 where they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How a parameter is stored."""
+
+    bits: Bits
+    group_size: int
+    """Weights that share a scale; 0 where there are no scales."""
+    reason: str
+    """Of its bits, where they are 16 or 32."""
+
+    def num_bytes(self, size: int) -> int:
+        """Of so many weights, scales included."""
+        scales = size // self.group_size if self.group_size else 0
+        return -(-size * self.bits // 8) + 2 * scales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,33 +151,30 @@ def store_weights(
     for name, value in parameters(model).items():
         array = _as_numpy(weights[name])
         array = array.T if is_transposed(value) else array
-        bits, reason = bits_of(name)
-        if name not in linears:
-            bits, reason = (32 if bits == 32 else 16), "not the weight of a linear"
-        elif bits < 16 and (group := choose_group_size(array.shape[0], group_size)) < _SMALLEST_GROUP:
-            reason = f"its {array.shape[0]} inputs divide into groups of {group}, where {_SMALLEST_GROUP} is "
-            bits, reason = 16, f"{reason}the least"
-        if bits == 4 or bits == 8:
+        form = choose_form(name, array.shape, bits_of, group_size, linear=name in linears)
+        if form.bits == 4 or form.bits == 8:
             rounded = quantize_matrix(
-                array, bits=bits, group_size=group, importance=(importance or {}).get(name)
+                array, bits=form.bits, group_size=form.group_size, importance=(importance or {}).get(name)
             )
             check_finite(f"{name}.scale", rounded.scales)
             values = _typed(rounded.values, name)
             blocked[name] = BlockedWeight(
                 values=file.store(name, values),
                 scales=file.store(f"{name}.scale", ir.Tensor(rounded.scales, name=f"{name}.scale")),
-                group_size=group,
+                group_size=form.group_size,
             )
             size = values.nbytes + rounded.scales.nbytes
-            quantized.append(QuantizedTensor(name=name, bits=bits, group_size=group, bytes=size))
+            quantized.append(
+                QuantizedTensor(name=name, bits=form.bits, group_size=form.group_size, bytes=size)
+            )
         else:
             if np.issubdtype(array.dtype, np.floating) or array.dtype == ml_dtypes.bfloat16:
                 with np.errstate(over="ignore"):
-                    array = array.astype(np.float32 if bits == 32 else np.float16, copy=False)
+                    array = array.astype(np.float32 if form.bits == 32 else np.float16, copy=False)
                 check_finite(name, array)
             array = np.ascontiguousarray(array)
             plain[name] = file.store(name, ir.Tensor(array, name=name))
-            skipped.append(SkippedTensor(name=name, bytes=array.nbytes, reason=reason))
+            skipped.append(SkippedTensor(name=name, bytes=array.nbytes, reason=form.reason))
         if is_transposed(value):
             transposed.add(name)
         on_tensor()
@@ -169,6 +184,26 @@ def store_weights(
         transposed=frozenset(transposed),
         report=QuantReport(quantized=tuple(quantized), skipped=tuple(skipped)),
     )
+
+
+def choose_form(name: str, shape: Sequence[int], bits_of: BitsOf, group_size: int, *, linear: bool) -> Form:
+    """Choose how a parameter is stored.
+
+    Args:
+        name: Of the parameter.
+        shape: A linear's is [inputs, outputs].
+        bits_of: See `store_weights`, as for `group_size`.
+        linear: Whether it is the weight of a linear.
+    """
+    bits, reason = bits_of(name)
+    if not linear:
+        return Form(bits=32 if bits == 32 else 16, group_size=0, reason="not the weight of a linear")
+    if bits >= 16:
+        return Form(bits=bits, group_size=0, reason=reason)
+    if (group := choose_group_size(shape[0], group_size)) < _SMALLEST_GROUP:
+        reason = f"its {shape[0]} inputs divide into groups of {group}, where {_SMALLEST_GROUP} is the least"
+        return Form(bits=16, group_size=0, reason=reason)
+    return Form(bits=bits, group_size=group, reason=reason)
 
 
 def choose_group_size(size: int, limit: int) -> int:

@@ -10,21 +10,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.filesize import decimal
+from torch import nn
 
-from export.components import Precision
+from export.components import Precision, part_bits
 from export.errors import ExportError
+from export.quantize import choose_form
 from toolchain.families import Model
 
-__all__ = ["Needs", "expected_bytes", "require_space"]
+__all__ = [
+    "NODES_PER_BLOCK",
+    "Needs",
+    "export_memory_bytes",
+    "require_space",
+    "stored_bytes",
+]
 
 _MARGIN = 1.02
 """For graphs, tokenizers and the alignment of tensors."""
+_DECODER = ("decoder.", "post_quant_conv.")
+"""Where the names of the autoencoder's parameters begin that are exported."""
+_T5_EMBEDDINGS = {"shared.weight", "encoder.embed_tokens.weight"}
 _BASE_BYTES = 1 << 30
 """Of a process that has torch, diffusers and onnxruntime loaded and does nothing."""
+NODES_PER_BLOCK = 150
+"""Of a transformer's graph, at most."""
 _BLOCKS_AT_ONCE = 2
 """The largest block in float32 while it is compared: its weights, and those that are on their way."""
-_ENGINE_BUILD = 4.5
-"""Bytes in memory for each byte of weights while TensorRT-RTX builds: 13.4 GB for 3.3 GB were measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,35 +43,50 @@ class Needs:
     """Bytes that an export is going to take."""
 
     components: Mapping[str, int]
-    """Of the files of each component that is not in the cache."""
+    """Of the weights of each component that is not in the cache."""
     cached: Mapping[str, int]
     """Of those that are."""
     engines: int
+    """Of all engines, which the cache and the bundle hold."""
     memory: int
     """At its peak."""
 
     @property
     def cache_disk(self) -> int:
         """On the disk of the cache."""
-        return sum(self.components.values())
+        return math.ceil(_MARGIN * sum(self.components.values())) + self.engines
 
     @property
     def output_disk(self) -> int:
         """On the disk of the bundle."""
-        return sum((*self.components.values(), *self.cached.values())) + self.engines
+        return math.ceil(_MARGIN * sum((*self.components.values(), *self.cached.values()))) + self.engines
 
 
-def expected_bytes(model: Model, part: str, precision: Precision) -> int:
-    """Bytes of a component's files, from the shapes of its tensors alone."""
-    names = {id(item): name for name, item in getattr(model.pipeline, part).named_parameters()}
-    blocks = {id(item) for block in model.mmdit.blocks for item in block.parameters()}
-    total = 0.0
-    for item in getattr(model.pipeline, part).parameters():
-        plain = 4.0 if precision.bits == 32 else 2.0
-        if part == "transformer" and item.ndim == 2 and id(item) in blocks and precision.bits < 16:
-            plain = precision.weights.get(names[id(item)], precision.bits) / 8 + 2 / precision.group_size
-        total += plain * item.numel()
-    return math.ceil(_MARGIN * total)
+def stored_bytes(model: Model, part: str, precision: Precision) -> int:
+    """Bytes of a part's weights as an export stores them, from the shapes of its parameters alone.
+
+    Args:
+        model: Its parameters may lie on the meta device.
+        part: Of the pipeline: `transformer`, `vae` or a text encoder.
+        precision: What it is exported in.
+    """
+    bits_of = part_bits(model, part, precision)
+    total = 0
+    for name, item in part_parameters(model, part):
+        shape, linear = item.shape[::-1], item.ndim == 2
+        form = choose_form(name, shape, bits_of, precision.group_size, linear=linear)
+        total += form.num_bytes(item.numel())
+    return total
+
+
+def part_parameters(model: Model, part: str) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a part that its graph reads, by name."""
+    found = dict(getattr(model.pipeline, part).named_parameters())
+    if part == "vae":
+        return [(name, item) for name, item in found.items() if name.startswith(_DECODER)]
+    if found.keys() >= _T5_EMBEDDINGS:  # two names of one tensor, which the skeleton of a T5 does not tie
+        del found["shared.weight"]
+    return list(found.items())
 
 
 def require_space(needs: Needs, *, output: Path, cache: Path) -> None:
@@ -89,11 +115,10 @@ def require_space(needs: Needs, *, output: Path, cache: Path) -> None:
         )
 
 
-def memory_bytes(model: Model, transformer_bytes: int, *, engine: bool) -> int:
-    """Peak of an export: a block and what compares it, or building the engine."""
+def export_memory_bytes(model: Model) -> int:
+    """Peak of an export before engines: the largest block, and what compares it."""
     largest = max(sum(item.numel() for item in block.parameters()) for block in model.mmdit.blocks)
-    block = _BASE_BYTES + 4 * _BLOCKS_AT_ONCE * largest
-    return max(block, round(_BASE_BYTES + _ENGINE_BUILD * transformer_bytes) if engine else 0)
+    return _BASE_BYTES + 4 * _BLOCKS_AT_ONCE * largest
 
 
 def _existing(path: Path) -> Path:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import types
 import typing
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 60
 
 
 class TypedDataError(ValueError):
@@ -57,7 +61,10 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if origin in (list, tuple):
         return _sequence(origin, arguments, value, where)
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise TypedDataError(f"{where} must be of type float, and {_shown(value)} is too large") from None
     if type(value) is not kind:
         raise TypedDataError(f"{where} must be of type {kind.__name__}, not {_shown(value)}")
     return value
@@ -79,4 +86,5 @@ def _quoted(prefix: str, names: list[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return f"{value!r:.60} ({type(value).__name__})"
+    # Not `repr`: the data may be nested so deeply, or be so large, that it has none.
+    return f"{_short.repr(value):.60} ({type(value).__name__})"

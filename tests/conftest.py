@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -150,3 +152,25 @@ def tiny(tiny_path: Path) -> Model:
 @pytest.fixture(scope="session")
 def states(tiny_path: Path) -> States:
     return sample_states(open_model(str(tiny_path)), ["a red circle", "two squares"], seed=0)
+
+
+_TENSORRT = """import tensorrt_rtx
+
+globals().update({name: value for name, value in vars(tensorrt_rtx).items() if not name.startswith("__")})
+__version__ = "10.16.0"
+"""
+
+
+@pytest.fixture
+def tensorrt(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """TensorRT-RTX in TensorRT's place, under its name and with a version as it has.
+
+    The two share their interface, and TensorRT itself builds nothing without a GPU.
+    """
+    pytest.importorskip("tensorrt_rtx")
+    directory = tmp_path_factory.mktemp("tensorrt")
+    (directory / "tensorrt.py").write_text(_TENSORRT)
+    monkeypatch.setenv("PYTHONPATH", str(directory))
+    monkeypatch.syspath_prepend(directory)
+    yield
+    sys.modules.pop("tensorrt", None)

@@ -63,7 +63,7 @@ def test_the_student_is_what_its_plan_says_and_smaller_by_the_ratio(home: Path, 
 
 
 def test_an_engine_is_built_where_there_is_no_gpu(home: Path) -> None:
-    engine = home / "shapes-bundle" / "engines" / "rtx4090" / "transformer.engine"
+    (engine,) = (home / "shapes-bundle" / "engines").glob("sm89-*.engine")
     assert engine.stat().st_size > 1_000_000
 
 

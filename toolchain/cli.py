@@ -14,20 +14,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from deploy.errors import DeployError
 from export.errors import ExportError
-from profiles.schema import ProfileError
+from profiles.schema import Profile, ProfileError, available_profiles, field_docs, load_profile
 from toolchain.errors import ToolchainError
 from toolchain.geometry import Semantics
 from toolchain.plan import PLAN_FILE, SENSITIVITY_FILE, RuleName, StrengthMode
 from toolchain.rules import Budget, Grain, Options, PositionWeight, parse_units
 
 if TYPE_CHECKING:
+    from deploy.bench import Bench
+    from deploy.doctor import Fault, Verdict
+    from deploy.machine import Machine
     from export.calibration import Calibration
+    from export.fit import Fit
     from toolchain.compress import Decision, Outcome
     from toolchain.evaluate import ShapesScore
     from toolchain.families import Model
@@ -57,6 +63,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0)]
 
 
+Address = Annotated[str, typer.Argument(help="hf://owner/name[@revision] or oci://registry/repository:tag.")]
+PublicKey = Annotated[
+    Path | None,
+    typer.Option(help="Public key, in PEM: a bundle that it did not sign is refused."),
+]
 Source = Annotated[
     str, typer.Argument(help="`shapes`, a directory of a diffusers pipeline, or a hub id owner/name.")
 ]
@@ -104,6 +115,13 @@ ProtectFirst = Annotated[
     int | None, typer.Option(help="Blocks at the start of which nothing goes; default: the rule's own.")
 ]
 ProtectLast = Annotated[int | None, typer.Option(help="The same at the end.")]
+OnRuntime = Annotated[
+    str | None, typer.Option(help="What has to run it, as onnxruntime-cpu; default: the best.")
+]
+WithoutT5 = Annotated[
+    Literal["t5"] | None,
+    typer.Option("--without", help="Leave out the T5 text encoder of Stable Diffusion 3."),
+]
 OfGrain = Annotated[Grain, typer.Option(help="What the rule hpp-iterative removes.")]
 
 
@@ -243,6 +261,10 @@ def compress(
     grain: OfGrain = "components",
     analysis: Analysis = None,
     num_prompts: NumPrompts = 16,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", "-t", help="In place of --ratio: as little as lets it fit on that device."),
+    ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="A plan of `hptool plan`, in place of all that decides one.")
     ] = None,
@@ -283,6 +305,10 @@ def compress(
 
     student = output or Path(f"{_name(model)}-student")
     check_new_directory(student)
+    if target is not None:
+        if any(item is not None for item in (ratio, max_bytes, max_flops, remove, plan)):
+            raise ToolchainError("--target chooses the ratio, so it takes no other limit and no plan")
+        ratio = _ratio_for(model, target)
     opened = open_model(model, precision=precision)
     decision = _decision(
         opened,
@@ -360,12 +386,16 @@ def export(
         str | None, typer.Argument(help="Model to export; default: what `compress` wrote last here.")
     ] = None,
     target: Annotated[
-        list[str] | None, typer.Option("--target", "-t", help="Device profile; may repeat.")
+        list[str] | None,
+        typer.Option("--target", "-t", help="As `hptool targets` lists them, or a .toml file; may repeat."),
     ] = None,
     bits: Annotated[
-        str,
-        typer.Option(help="Bits of the transformer's weights: 4, 8, 16, 32, or auto with --calibration."),
-    ] = "4",
+        str | None,
+        typer.Option(
+            help="Bits of the transformer's weights: 4, 8, 16, 32, or auto with --calibration; default: what "
+            "the targets say."
+        ),
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="What `hptool calibrate` wrote: rounding heeds what matters.")
     ] = None,
@@ -377,30 +407,28 @@ def export(
         float | None,
         typer.Option(help="Relative error of the velocity that rounding may cause; 0.2 for 4 bits.", min=0.0),
     ] = None,
-    without: Annotated[
-        Literal["t5"] | None, typer.Option(help="Leave out the T5 text encoder of Stable Diffusion 3.")
-    ] = None,
+    without: WithoutT5 = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory to write the bundle to.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Lower a model to ONNX with INT4 weights, build engines, and bundle it all for a device."""
-    from profiles.schema import load_profile
-
     targets = [load_profile(name) for name in dict.fromkeys(target or ["cpu-x86"])]
     source = student or _remembered_student()
     bundle_path = output or Path(Path(source).resolve().name.removesuffix("-student") + "-bundle")
 
     from toolchain.artifacts import check_new_directory, read_json, sha256
+    from toolchain.card import read_card
     from toolchain.plan import plan_from_json
 
     check_new_directory(bundle_path)
 
-    from deploy.prepared import cache_directory
+    from deploy.kept import cache_directory
     from export.bundle import export_bundle
     from export.cache import ComponentCache
     from export.calibration import read_calibration
+    from export.engine import ENGINES
     from toolchain.families import open_model
 
     model = open_model(source, precision="none")
@@ -408,6 +436,7 @@ def export(
         model = model.without_t5()
     path = model.path / PLAN_FILE
     plan = plan_from_json(read_json(path)) if path.exists() else None
+    card = read_card(model.path)
     known = None if calibration is None else read_calibration(calibration, model)
     number, budget = _bits(bits, max_bytes, known, targets[0].group_size)
     with _bars() as bar:
@@ -424,18 +453,24 @@ def export(
             bar=bar,
             plan_sha256=None if plan is None else sha256(path),
             base_model=None if plan is None else plan.model,
+            base_revision=card.base_revision,
+            license=card.license,
         )
     files = {name: entry.bytes for name, entry in bundle.manifest.files.items()}
     variants = [asdict(variant) for variant in bundle.manifest.variants]
+    engines = read_json(bundle.file(ENGINES))["engines"] if ENGINES in files else []
 
     def show() -> None:
         table = Table("file", "MB", title=f"bundle {bundle_path}")
         for name, size in files.items():
             table.add_row(name, f"{size / 1e6:.2f}")
         print_(table)
+        if engines:
+            print_(_engine_table(engines))
         print_(f"Run it:  hptool run {bundle_path} 'a red circle left of a blue square' -o out.png")
 
-    _emit({"bundle": str(bundle_path), "files": files, "variants": variants}, as_json, show)
+    facts = {"bundle": str(bundle_path), "files": files, "variants": variants, "engines": engines}
+    _emit(facts, as_json, show)
 
 
 @app.command()
@@ -453,13 +488,21 @@ def run(
     target: Annotated[
         str | None, typer.Option("--target", "-t", help="Variant to run; default: the best that runs here.")
     ] = None,
+    runtime: OnRuntime = None,
     keep: Annotated[
         Literal["all", "one"] | None,
         typer.Option(help="Parts that stay in memory; default: all, if they fit into what is free."),
     ] = None,
+    key: PublicKey = None,
+    require_signature: Annotated[
+        bool, typer.Option("--require-signature", help="Refuse to run without a --key to check with.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Paint a picture with a bundle; needs only the `edge` extra."""
+    if require_signature and key is None:
+        raise DeployError("--require-signature needs the public key of whoever is trusted: --key public.pem")
+
     from deploy.pipeline import EdgePipeline
 
     # Why this variant, what is prepared, what of a prompt was left out.
@@ -470,7 +513,7 @@ def run(
     logging.getLogger("deploy").setLevel(logging.INFO)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise DeployError(f"cannot write {output}: it is a directory or lies in none; choose another -o")
-    pipeline = EdgePipeline.open(bundle, target=target, keep=keep)
+    pipeline = EdgePipeline.open(bundle, target=target, runtime=runtime, keep=keep, key=key)
     with _bars() as bar:
         advance = bar("sampling", steps or pipeline.bundle.manifest.defaults.num_inference_steps)
         result = pipeline(
@@ -559,6 +602,127 @@ def serve(
 
 
 @app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    key: PublicKey = None,
+    as_json: Json = False,
+) -> None:
+    """Check that a bundle is whole and unchanged, and with a key that it is from whom you trust."""
+    from deploy.bundle import MANIFEST, SIGNATURE, open_bundle
+    from deploy.signature import open_signed_bundle
+
+    opened = open_bundle(bundle) if key is None else open_signed_bundle(bundle, key)
+    if key is not None:
+        signature = f"made with the key of {key}"
+    else:
+        signature = "not checked, no --key" if (bundle / SIGNATURE).exists() else "none"
+    files = opened.manifest.files
+
+    def show() -> None:
+        table = Table("file", "bytes", "sha256", title=f"bundle {bundle}")
+        for name, file in files.items():
+            table.add_row(name, f"{file.bytes:,}", file.sha256[:16])
+        print_(table)
+        print_(f"{MANIFEST}: schema {opened.manifest.schema_version}, its parts agree")
+        print_(f"{len(files)} files: all listed, none missing, added or changed; no links")
+        print_(f"signature: {signature}")
+
+    facts = {
+        "bundle": str(bundle),
+        "schema_version": opened.manifest.schema_version,
+        "signature": {"checked": key is not None, "present": (bundle / SIGNATURE).exists()},
+        "provenance": asdict(opened.manifest.provenance),
+        "files": {name: asdict(file) for name, file in files.items()},
+    }
+    _emit(facts, as_json, show)
+
+
+@app.command()
+def sign(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    key: Annotated[Path, typer.Option(help="Private key of an elliptic curve, in PEM.")],
+    as_json: Json = False,
+) -> None:
+    """Sign a bundle, so that devices can tell it from one that somebody else made."""
+    from deploy.bundle import SIGNATURE
+    from deploy.signature import sign_bundle
+
+    sign_bundle(bundle, key, password=os.environ.get("HPTOOL_KEY_PASSWORD"))
+    written = str(bundle / SIGNATURE)
+    _emit({"signature": written}, as_json, lambda: print_(written))
+
+
+@app.command()
+def push(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    destination: Address,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository on the hub that only you see.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a bundle on the Hugging Face hub or in a registry of containers."""
+    from deploy.transfer import push_bundle
+
+    with _bars() as bar:
+        push_bundle(bundle, destination, private=private, bar=bar)
+    facts = {"bundle": str(bundle), "destination": destination}
+    _emit(facts, as_json, lambda: print_(f"Fetch it:  hptool pull {destination} {bundle.resolve().name}"))
+
+
+@app.command()
+def pull(
+    source: Address,
+    directory: Annotated[Path, typer.Argument(help="New directory for the bundle.")],
+    key: PublicKey = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch a bundle, check it, and only then give it its name."""
+    from deploy.transfer import pull_bundle
+
+    with _bars() as bar:
+        bundle = pull_bundle(source, directory, key=key, bar=bar)
+    size = sum(file.bytes for file in bundle.manifest.files.values())
+    facts = {"bundle": str(directory), "bytes": size, "signature_checked": key is not None}
+    _emit(facts, as_json, lambda: print_(f"{directory}  ({decimal(size)})"))
+
+
+@app.command()
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    prompt: Annotated[str, typer.Argument(help="What to paint.")] = "a photo of a red bicycle",
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.", min=1)] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    repeats: Annotated[int, typer.Option(help="Pictures after the first.", min=1)] = 5,
+    threads: Annotated[int | None, typer.Option(help="Default: one for every core.", min=1)] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="Variant to run; default: the best that runs here.")
+    ] = None,
+    runtime: OnRuntime = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how long pictures take here, part by part; needs only the `edge` extra."""
+    from deploy.bench import run_bench
+
+    with _bars() as bar:
+        advance = bar("painting", 1 + repeats)
+        found = run_bench(
+            bundle,
+            target=target,
+            runtime=runtime,
+            prompt=prompt,
+            steps=steps,
+            height=height,
+            width=width,
+            repeats=repeats,
+            threads=threads,
+            on_picture=advance,
+        )
+    _emit(asdict(found), as_json, lambda: _show_bench(found))
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A bundle directory, or a model as for `compress`.")],
     per_task: Annotated[int, typer.Option(help="Held-out captions per task.", min=1)] = 100,
@@ -585,6 +749,106 @@ def evaluate(
         advance = bar("ShapesEval", num_batches(per_task))
         score = evaluate_shapes(painter, num_per_task=per_task, seed=seed, on_batch=advance)
     _emit(asdict(score), as_json, lambda: _show_score(model, score))
+
+
+targets_app = typer.Typer(no_args_is_help=False, rich_markup_mode=None)
+app.add_typer(targets_app, name="targets")
+
+
+@targets_app.callback(invoke_without_command=True)
+def targets(
+    context: typer.Context,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print them as docs/targets.md has them.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List the devices that a bundle can be exported for."""
+    if context.invoked_subcommand is not None:
+        if as_markdown or as_json:
+            raise ToolchainError(
+                "options of `hptool targets show` come after its name, as in show NAME --json"
+            )
+        return
+    if as_markdown and as_json:
+        raise ToolchainError("--json and --markdown are two forms of one list; choose one")
+    if as_markdown:
+        from profiles.page import targets_markdown
+
+        sys.stdout.write(targets_markdown())
+        return
+    profiles = [load_profile(name) for name in available_profiles()]
+    data = {"targets": [asdict(profile) for profile in profiles]}
+    _emit(data, as_json, lambda: _show_targets(profiles))
+
+
+@targets_app.command("show")
+def show_target(
+    name: Annotated[str, typer.Argument(help="Name of a target, or path of a .toml file of your own.")],
+    as_json: Json = False,
+) -> None:
+    """Show all that is known of one device, and where it is from."""
+    profile = load_profile(name)
+    _emit(asdict(profile), as_json, lambda: _show_target(profile))
+
+
+@app.command()
+def fit(
+    model: Annotated[
+        str, typer.Argument(help="A model as for `compress`; of a published one or a directory, no weights.")
+    ] = "shapes",
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="Device profile; may repeat; default: all.")
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="Of the weights: 4, 8 or 16; default: each device's own.")
+    ] = None,
+    ratio: Annotated[
+        float, typer.Option(help="Share of the transformer's parameters to take for gone.", min=0, max=0.9)
+    ] = 0.0,
+    remove: Remove = None,
+    without: WithoutT5 = None,
+    as_json: Json = False,
+) -> None:
+    """Say on which devices a model fits, and what would have to go for the rest; needs no weights."""
+    from export.fit import fit as measure
+    from toolchain.families import open_model
+
+    opened = open_model(model, precision="config")
+    if without == "t5":
+        opened = opened.without_t5()
+    if remove is not None:
+        opened = opened.without_units(parse_units(remove, opened.geometry))
+    profiles = [load_profile(name) for name in dict.fromkeys(target or available_profiles())]
+    with _bars() as bar:
+        found = measure(opened, profiles, bits=_fit_bits(bits), ratio=ratio, bar=bar)
+    _emit(asdict(found), as_json, lambda: _show_fit(found))
+
+
+@app.command()
+def doctor(
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target", "-t", help="Target or .toml file to judge by; default: all that come along."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine can export and run, and what to install for the rest."""
+    from deploy.doctor import find_faults, judge
+    from deploy.machine import read_machine
+
+    profiles = [load_profile(name) for name in dict.fromkeys(target or available_profiles())]
+    machine = read_machine()
+    faults = find_faults(machine)
+    verdicts = [judge(machine, profile) for profile in profiles]
+    data = {
+        "machine": asdict(machine),
+        "faults": [asdict(fault) for fault in faults],
+        "targets": [asdict(verdict) for verdict in verdicts],
+    }
+    _emit(data, as_json, lambda: _show_health(machine, faults, verdicts))
 
 
 def main() -> None:
@@ -682,19 +946,75 @@ def _decision(
     )
 
 
+def _fit_bits(bits: int | None) -> Literal[4, 8, 16] | None:
+    if bits not in (None, 4, 8, 16):
+        raise ToolchainError(f"--bits is 4, 8 or 16, not {bits}")
+    return bits  # type: ignore[return-value]
+
+
+def _engine_table(engines: list[dict[str, Any]]) -> Table:
+    """Which engines there are, whom they serve, and where they lie."""
+    table = Table("engine for", "compute capability", "MB", "INT4 found as stored", "where", title="engines")
+    for engine in engines:
+        built = engine["bytes"] is not None
+        if engine["path"] is not None:
+            where = engine["path"]
+        elif built:
+            where = "built here, in this machine's cache; other machines build their own"
+        else:
+            where = "built when it first runs there: this machine lacks that GPU or its TensorRT"
+        table.add_row(
+            ", ".join(engine["targets"]),
+            ", ".join(engine["compute_capabilities"]),
+            f"{engine['bytes'] / 1e6:.2f}" if built else "",
+            f"{engine['num_found']} of {engine['num_int4']}" if built else "",
+            where,
+        )
+    return table
+
+
 def _bits(
-    text: str, max_bytes: int | None, calibration: Calibration | None, group_size: int
-) -> tuple[int, int | None]:
-    """Bits as a number, and the bytes within which they are chosen if they are."""
+    text: str | None, max_bytes: int | None, calibration: Calibration | None, group_size: int
+) -> tuple[int | None, int | None]:
+    """Bits as a number, None where they are the targets', and the bytes within which they are chosen."""
     if text == "auto":
         if calibration is None:
             raise ToolchainError("--bits auto needs --calibration; make one with `hptool calibrate`")
         return 4, max_bytes or calibration.uniform_bytes(group_size)
     if max_bytes is not None:
         raise ToolchainError("--max-bytes is for --bits auto")
+    if text is None:
+        return None, None
     if not text.isdecimal():
         raise ToolchainError(f"--bits is 4, 8, 16, 32 or auto, not {text!r}")
     return int(text), None
+
+
+def _ratio_for(model: str, target: str) -> float:
+    """The smallest share of the transformer whose removal lets a model fit on a device."""
+    from export.fit import ModelSize, fit_target
+    from toolchain.families import open_model
+
+    profile = load_profile(target)
+    with _bars() as bar:
+        found = fit_target(
+            ModelSize(open_model(model, precision="config"), bar=bar), profile, profile.weight_bits
+        )
+    ratio = found.least_ratio.get(found.bits)
+    if ratio is None:
+        raise ToolchainError(
+            f"{model} does not fit on {profile.name} even without half of its transformer: as it is, it is "
+            f"too large by {decimal(found.missing)}. `hptool fit {model}` shows where the memory goes."
+        )
+    if ratio == 0:
+        raise ToolchainError(
+            f"{model} fits on {profile.name} as it is, in {found.bits} bits: export it, or name a --ratio to "
+            "make it smaller and faster."
+        )
+    _console.print(
+        f"{profile.name} holds {model} without {ratio:.0%} of its transformer, in {found.bits} bits"
+    )
+    return ratio
 
 
 _MEMORY = Path(".hptool.json")
@@ -763,6 +1083,157 @@ def _show_score(model: str, score: ShapesScore) -> None:
         table.add_row(task, f"{value:.3f}")
     table.add_row("mean", f"{score.mean:.3f} ± {score.standard_error:.3f}", style="bold")
     print_(table)
+
+
+def _show_bench(found: Bench) -> None:
+    title = f"{found.width} x {found.height}, {found.steps} steps, {found.target} ({found.runtime})"
+    headings = (Column(text, justify="right") for text in ("p50, ms", "p95, ms", "fewest, ms"))
+    table = Table("", *headings, title=title)
+    for name, spread in found.parts_ms.items():
+        times = (spread.p50, spread.p95, spread.fewest)
+        table.add_row(name.replace("_", " "), *(f"{item:.1f}" for item in times))
+    print_(table)
+    peak = "" if found.peak_bytes is None else f"; at most {decimal(found.peak_bytes)} of memory"
+    print_(
+        f"{found.repeats} pictures after the first, which took {found.cold_ms / 1000:.1f} s from nothing"
+        f"{peak}."
+    )
+
+
+def _show_fit(found: Fit) -> None:
+    parts = Table(
+        "part",
+        *(Column(text, justify="right") for text in ("parameters", "16 bits", "8 bits", "4 bits")),
+        title=found.model,
+    )
+    for name, part in found.parts.items():
+        parts.add_row(name, f"{part.parameters:,}", *(decimal(part.stored[bits]) for bits in (16, 8, 4)))
+    print_(parts)
+    headings = (
+        "memory",
+        "needed",
+        "in turn",
+        "of the host",
+        "16 bits",
+        "8 bits",
+        "4 bits",
+        "a step, at least",
+    )
+    table = Table("target", *(Column(text, justify="right") for text in headings), "verdict")
+    for item in found.targets:
+        least = [item.least_ratio[bits] for bits in (16, 8, 4)]
+        table.add_row(
+            item.target,
+            *map(decimal, (item.available, item.together, item.in_turn)),
+            decimal(item.host) if item.host else "",
+            *("no" if ratio is None else f"{ratio:.0%}" for ratio in least),
+            f"{item.least_step_seconds:.2g} s",
+            item.verdict if not item.missing else f"too large by {decimal(item.missing)}",
+        )
+    print_(table)
+    print_(
+        "Needed: with all parts loaded, and with one at a time. Under 16, 8 and 4 bits: the share of the "
+        "transformer that has to go for it to fit. A step: what the device's peak rates allow, no forecast.\n"
+        f"Export: {decimal(found.export_memory)} of memory, {decimal(found.engine_memory)} to build an "
+        f"engine, {decimal(found.export_disk)} of disk."
+    )
+
+
+def _show_targets(profiles: list[Profile]) -> None:
+    table = Table(title="hptool export --target TARGET", box=None, pad_edge=False)
+    for heading in ("target", "device"):
+        table.add_column(heading, no_wrap=heading == "target")
+    for heading in ("GiB", "GB/s", "TFLOPS"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("best runtime", "CUDA"):
+        table.add_column(heading, no_wrap=True)
+    for profile in profiles:
+        numbers = (profile.memory_gib, profile.bandwidth_gb_s, profile.peak_tflops)
+        table.add_row(
+            profile.name,
+            profile.description,
+            *(f"{number:g}" for number in numbers),
+            profile.runtimes[0],
+            profile.compute_capability or "-",
+        )
+    print_(table)
+    print_(
+        "\nMemory, its bandwidth, the peak rate of multiply-accumulates; CUDA is the compute capability.\n"
+        "What they mean and where they are from:  hptool targets show TARGET"
+    )
+
+
+def _show_target(profile: Profile) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    for field, doc in field_docs().items():
+        if field == "sources":
+            continue
+        value = getattr(profile, field)
+        if isinstance(value, tuple):
+            value = ", ".join(map(str, value))
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        first_sentence = doc.partition(". ")[0].removesuffix(".") + "."
+        source = f"\nFrom: {profile.sources[field]}" if field in profile.sources else ""
+        # As text, so that brackets in a profile are no markup.
+        table.add_row(field, Text.assemble(shown or "-", (f"\n{first_sentence}{source}", "dim")))
+    print_(table)
+
+
+def _show_health(machine: Machine, faults: list[Fault], verdicts: list[Verdict]) -> None:
+    facts = Table.grid(padding=(0, 2))
+    for name, value in _facts(machine):
+        facts.add_row(name, Text(value))
+    print_(facts)
+    for fault in faults:
+        print_(Text(f"\nBroken: {fault.what}.\nTo mend it:  {fault.fix}", "bold"))
+    table = Table(title="\nWhat this machine can do", box=None, pad_edge=False)
+    for heading in ("target", "export", "build the engine", "run a bundle with"):
+        table.add_column(heading, no_wrap=True)
+    obstacles: dict[str, list[str]] = {}
+    commands: dict[tuple[str, ...], list[str]] = {}
+    for verdict in verdicts:
+        engine = "-" if verdict.engine is None else _yes(verdict.engine)
+        table.add_row(verdict.target, _yes(verdict.export), engine, verdict.runtime or "nothing")
+        for obstacle in verdict.obstacles:
+            obstacles.setdefault(obstacle, []).append(verdict.target)
+        if verdict.install:
+            commands.setdefault(verdict.install, []).append(verdict.target)
+    print_(table)
+    for obstacle, names in obstacles.items():
+        print_(Text(f"\n{obstacle}\n    {', '.join(names)}"))
+    for install, names in commands.items():
+        print_(Text(f"\nTo do all that this machine can for {', '.join(names)}:"))
+        for command in install:
+            print_(Text(f"    {command}"))
+
+
+def _facts(machine: Machine) -> Iterator[tuple[str, str]]:
+    instructions = ("of unknown instructions",) if machine.instructions is None else machine.instructions
+    yield "Python", machine.python
+    yield "system", machine.platform
+    yield "processor", ", ".join((machine.processor, f"{machine.num_cores} cores", *instructions))
+    sizes = (machine.memory_bytes, machine.available_bytes)
+    total, available = ("unknown" if size is None else decimal(size) for size in sizes)
+    yield "memory", f"{total}, available {available}"
+    yield "disk", f"{decimal(machine.disk_bytes)} free at {machine.cache}"
+    for gpu in machine.gpus.devices:
+        yield "GPU", f"{gpu.name}, compute capability {gpu.compute_capability}, {decimal(gpu.memory_bytes)}"
+    if not machine.gpus.devices:
+        yield "GPU", "none that CUDA sees"
+    if machine.gpus.cuda_version is not None:
+        yield (
+            "driver",
+            f"{machine.gpus.driver_version or 'of unknown version'}, for CUDA {machine.gpus.cuda_version}",
+        )
+    yield "packages", ", ".join(f"{name} {version}" for name, version in machine.packages.items()) or "none"
+    yield "providers", ", ".join(machine.providers) or "none"
+    complete = [extra for extra, missing in machine.missing.items() if not missing]
+    yield "hptool's extras", ", ".join(complete) or "none complete"
+
+
+def _yes(able: bool) -> str:
+    return "yes" if able else "no"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from toolchain.analysis import Rescorer, analyze, num_units, velocity_errors
 from toolchain.artifacts import check_new_directory, new_directory, read_json, write_json
+from toolchain.card import write_student_card
 from toolchain.distill import DistillRecipe, InTurn, distill_
 from toolchain.errors import ToolchainError
 from toolchain.evaluate import ShapesScore, evaluate_shapes, num_batches
@@ -270,6 +271,7 @@ def compress_model(
     )
     with new_directory(output) as directory:
         save_model(student, directory)
+        write_student_card(teacher, directory)
         write_json(directory / PLAN_FILE, to_json(plan))
         if sensitivity is not None:
             write_json(directory / SENSITIVITY_FILE, to_json(sensitivity))

@@ -81,18 +81,26 @@ def test_help_is_shown_by_a_base_installation() -> None:
     assert "export" in shown
 
 
+def test_the_doctor_needs_a_base_installation_alone() -> None:
+    run_without(TRAINING | EXPORTING | DRAWING, "import deploy.doctor, deploy.machine, profiles.page")
+
+
 def test_export_sees_only_the_doors_of_its_neighbours() -> None:
     """The arrows as a list of what is allowed; `lint-imports` holds the ones that are forbidden."""
     doors = (
         "toolchain.artifacts",
+        "toolchain.card",
         "toolchain.errors",
         "toolchain.families",
         "toolchain.progress",
         "toolchain.trajectories",
         "profiles",
         "deploy.bundle",
+        "deploy.choice",
+        "deploy.engine",
         "deploy.errors",
         "deploy.memory",
+        "deploy.tiles",
     )
     graph = grimp.build_graph("toolchain", "export", "deploy", "profiles", cache_dir=None)
     seen = {

@@ -54,7 +54,7 @@ def requirements(extra: str) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("extra", ["edge", "edge-gpu", "rtx", "tensorrt"])
+@pytest.mark.parametrize("extra", ["edge", "edge-gpu", "rtx", "tensorrt", "sign", "hub", "oci"])
 def test_a_device_installs_nothing_that_trains(extra: str) -> None:
     assert requirements(extra).isdisjoint(
         {"torch", "diffusers", "transformers", "accelerate", "nncf", "onnx"}

@@ -19,6 +19,14 @@ import numpy as np
 import onnx
 import pytest
 import uvicorn
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import models, pre_tokenizers, processors
@@ -34,6 +42,7 @@ from deploy.bundle import (
     Manifest,
     Provenance,
     Scheduler,
+    Shapes,
     Tokenizer,
     Variant,
     manifest_to_json,
@@ -48,22 +57,25 @@ from toolchain.shapes.model import build_tokenizer
 MakeBundle = Callable[..., Path]
 
 NUM_TOKENS = 16
+NUM_T5_TOKENS = 7
 WIDTHS = {"text_encoder": 3, "text_encoder_2": 5}
 CHANNELS = 4
 
 CPU = Variant(
     target="cpu-x86",
-    runtime="onnxruntime",
+    runtime="onnxruntime-cpu",
     path="transformer/model.onnx",
     activations="float32",
-    compute_capability=None,
+    compute_capabilities=[],
+    shapes=None,
 )
 ENGINE = Variant(
     target="rtx4090",
     runtime="tensorrt-rtx",
-    path="engines/rtx4090/transformer.engine",
+    path="engines/sm89-01234567.engine",
     activations="float16",
-    compute_capability="8.9",
+    compute_capabilities=["8.9"],
+    shapes=Shapes(sizes=[(64, 64), (64, 32)], max_batch=2, text_tokens=NUM_TOKENS + NUM_T5_TOKENS),
 )
 
 
@@ -113,6 +125,22 @@ def make_bundle(parts: Path, tmp_path: Path) -> MakeBundle:
 
 
 @pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `private.pem`, the same encrypted, and `public.pem`; and a stranger's pair."""
+    directory = tmp_path_factory.mktemp("keys")
+    for prefix in ("", "strangers-"):
+        key = ec.generate_private_key(ec.SECP256R1())
+        form = Encoding.PEM, PrivateFormat.PKCS8
+        (directory / f"{prefix}private.pem").write_bytes(key.private_bytes(*form, NoEncryption()))
+        (directory / f"{prefix}encrypted.pem").write_bytes(
+            key.private_bytes(*form, BestAvailableEncryption(b"secret"))
+        )
+        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        (directory / f"{prefix}public.pem").write_bytes(public)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def t5_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer as T5's: pieces of words, an end token and no start."""
     words = ["\u2581a", "\u2581red", "\u2581star", "\u2581circle", "s", "\u2581"]
@@ -135,7 +163,7 @@ def make_sd3_with_t5(make_bundle: MakeBundle, t5_tokenizer: PreTrainedTokenizerF
             _save_tokenizer(path, "tokenizer_3", t5_tokenizer)
 
         usual = _manifest({})
-        t5 = Tokenizer(path="tokenizer_3/tokenizer.json", max_length=7, pad_id=0)
+        t5 = Tokenizer(path="tokenizer_3/tokenizer.json", max_length=NUM_T5_TOKENS, pad_id=0)
         graph = Graph(path="text_encoder_3/model.onnx", activations="float32", weights="float32")
         changes = {
             "tokenizers": {**usual.tokenizers, "tokenizer_3": t5},
@@ -157,12 +185,13 @@ def make_flux(make_bundle: MakeBundle, t5_tokenizer: PreTrainedTokenizerFast) ->
             _save(path, "transformer", _transformer(WIDTHS["text_encoder"], guidance=guidance_embeds))
 
         usual = _manifest({})
-        t5 = Tokenizer(path="tokenizer_2/tokenizer.json", max_length=7, pad_id=0)
+        t5 = Tokenizer(path="tokenizer_2/tokenizer.json", max_length=NUM_T5_TOKENS, pad_id=0)
         changes = {
             "architecture": replace(
                 usual.architecture, family="flux", classifier_free=False, guidance_embeds=guidance_embeds
             ),
             "scheduler": replace(usual.scheduler, spacing="unit", use_dynamic_shifting=guidance_embeds),
+            "variants": [CPU],
             "tokenizers": {**usual.tokenizers, "tokenizer_2": t5},
         } | changes
         return make_bundle(edit, **changes)
@@ -316,7 +345,7 @@ def _manifest(files: dict[str, File]) -> Manifest:
             time_shift_type="exponential",
         ),
         defaults=Defaults(
-            num_inference_steps=4, guidance_scale=3.0, max_sequence_length=7, height=64, width=64
+            num_inference_steps=4, guidance_scale=3.0, max_sequence_length=NUM_T5_TOKENS, height=64, width=64
         ),
         tokenizers={
             name: Tokenizer(path=f"{name}/tokenizer.json", max_length=NUM_TOKENS, pad_id=3)
@@ -327,7 +356,16 @@ def _manifest(files: dict[str, File]) -> Manifest:
             for name in components
         },
         variants=[ENGINE, CPU],
-        provenance=Provenance(model="hand-made", base_model=None, license=None, plan_sha256=None, tools={}),
+        provenance=Provenance(
+            model="hand-made",
+            revision=None,
+            base_model=None,
+            base_revision=None,
+            license=None,
+            plan_sha256=None,
+            calibration_sha256=None,
+            tools={},
+        ),
         files=files,
     )
 

@@ -237,7 +237,9 @@ def test_length_of_t5_is_that_of_the_defaults(make_sd3_with_t5: MakeBundle, leng
     entries = {**manifest.tokenizers, "tokenizer_3": t5}
     assert "the max_length of tokenizer_3, which is T5's" in _fault_of(path, tokenizers=entries)
     defaults = dataclasses.replace(manifest.defaults, max_sequence_length=length)
-    manifest_from_json(manifest_to_json(dataclasses.replace(manifest, tokenizers=entries, defaults=defaults)))
+    variants = manifest.variants[1:]  # the engine is for another length of text
+    shorter = dataclasses.replace(manifest, tokenizers=entries, defaults=defaults, variants=variants)
+    manifest_from_json(manifest_to_json(shorter))
 
 
 def test_guidance_is_that_of_the_family(make_flux: MakeBundle, make_bundle: MakeBundle) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from deploy.bundle import Bundle, open_bundle
-from deploy.memory import available_bytes, choose_keep, give_back, loaded_bytes
+from deploy.memory import available_bytes, choose_keep, give_back, loaded_bytes, total_bytes
 
 MakeBundle = Callable[..., Path]
 
@@ -66,25 +66,26 @@ V1 = {
 
 
 @pytest.mark.parametrize(
-    ("files", "available"),
+    ("files", "available", "total"),
     [
-        ({}, None),
-        (MEMINFO, 4_096_000),
-        (MEMINFO | V2 | {"sys/fs/cgroup/memory.max": "max\n"}, 4_096_000),
-        (MEMINFO | V2 | {"sys/fs/cgroup/memory.max": "1000000\n"}, 200_000),
-        (MEMINFO | V2 | {"sys/fs/cgroup/memory.max": "9000000\n"}, 4_096_000),
-        (MEMINFO | V2 | {"sys/fs/cgroup/memory.max": "700000\n"}, 0),
-        (MEMINFO | V1, 400_000),
+        ({}, None, None),
+        (MEMINFO, 4_096_000, 9_216_000),
+        (MEMINFO | V2 | {"sys/fs/cgroup/memory.max": "max\n"}, 4_096_000, 9_216_000),
+        (MEMINFO | V2 | {"sys/fs/cgroup/memory.max": "1000000\n"}, 200_000, 1_000_000),
+        (MEMINFO | V2 | {"sys/fs/cgroup/memory.max": "9000000\n"}, 4_096_000, 9_000_000),
+        (MEMINFO | V2 | {"sys/fs/cgroup/memory.max": "700000\n"}, 0, 700_000),
+        (MEMINFO | V1, 400_000, 1_000_000),
     ],
     ids=["silent", "no container", "unlimited", "limited", "limit above", "over the limit", "version 1"],
 )
 def test_memory_is_what_the_system_and_its_container_leave(
-    tmp_path: Path, files: dict[str, str], available: int | None
+    tmp_path: Path, files: dict[str, str], available: int | None, total: int | None
 ) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert available_bytes(tmp_path) == available
+    assert total_bytes(tmp_path) == total
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems are not asked for their pages")

@@ -411,7 +411,21 @@ def test_damaged_bundle_does_not_open(make_bundle: MakeBundle) -> None:
 
 def test_reasons_for_the_variant_are_kept(make_bundle: MakeBundle) -> None:
     pipe = EdgePipeline.open(make_bundle(), threads=1)
-    assert pipe.reasons[-2].startswith(f"{pipe.variant.target}: runs here on")
+    assert pipe.reasons[-2].startswith("cpu-x86 (onnxruntime-cpu): runs here")
+
+
+def test_what_the_engine_was_not_built_for_is_refused_before_any_work(make_bundle: MakeBundle) -> None:
+    bundle = open_bundle(make_bundle())
+    pipe = EdgePipeline(bundle, bundle.manifest.variants[0])
+    with pytest.raises(
+        DeployError,
+        match=r"engine for rtx4090 makes pictures of \(height x width\) 64x64, 64x32, not 32x64\. "
+        r".*has \[32, 64\] among its buckets",
+    ):
+        pipe("a star", height=32)
+    with pytest.raises(DeployError, match=r"makes 2 pictures at a time at most, not 3\. .*larger max_batch"):
+        pipe(["a star", "a circle", "a square"])
+    assert not pipe._sessions
 
 
 def test_no_threads_are_refused_at_once(make_bundle: MakeBundle) -> None:

@@ -186,7 +186,7 @@ def test_the_faster_of_two_processes_wins(case: Case) -> None:
 
 def test_what_is_not_used_any_more_goes(case: Case) -> None:
     directory = case.cache / "prepared"
-    ages = {"used": 29 * 24 * 3600, "unused": 31 * 24 * 3600, ".begun": 60, ".killed": 2 * 3600}
+    ages = {"used": 29 * 24 * 3600, "unused": 31 * 24 * 3600, ".begun": 60, ".killed": 7 * 3600}
     for name, age in ages.items():
         (directory / name).mkdir(parents=True)
         os.utime(directory / name, (time.time() - age,) * 2)

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import ctypes
-import importlib.util
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,13 @@ from onnx import TensorProto, helper
 
 from deploy import session
 from deploy.bundle import open_bundle
+from deploy.engine import EngineRequest
 from deploy.errors import DeployError, extra
-from deploy.session import Session, choose_variant, gpu_compute_capability, open_variant
+from deploy.session import EngineSession, Session, open_variant
 
 MakeBundle = Callable[..., Path]
+
+ENGINE = "engines/sm89-01234567.engine"
 
 
 @pytest.fixture
@@ -90,126 +93,122 @@ def test_provider_that_does_not_start_is_no_silent_fallback(
         Session(halves, providers=("CUDAExecutionProvider",))
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
-    def pretend(compute_capability: str | None) -> None:
-        monkeypatch.setattr(session, "gpu_compute_capability", lambda: compute_capability)
+# In processes of their own: Polygraphy settles on one TensorRT when it is first imported.
+OPEN_ENGINE = """
+import sys
+from deploy.errors import DeployError
+from deploy.session import EngineSession
+for runtime in sys.argv[2:]:
+    try: EngineSession(sys.argv[1], runtime)
+    except DeployError as error: print(error)
+"""
 
-    return pretend
+
+def open_engine(path: Path, *runtimes: str) -> list[str]:
+    command = [sys.executable, "-c", OPEN_ENGINE, path, *runtimes]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-def test_matching_gpu_takes_its_engine(
-    make_bundle: MakeBundle, gpu: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("tensorrt")
+@pytest.mark.parametrize("runtime", ["tensorrt-rtx", "tensorrt"])
+def test_engine_that_cannot_be_loaded_is_a_clear_error(make_bundle: MakeBundle, runtime: str) -> None:
+    path = open_bundle(make_bundle()).file(ENGINE)
+    *_, error = open_engine(path, runtime)
+    assert error.startswith(f"{runtime} cannot load {path}: ")
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_a_process_that_drove_one_tensorrt_does_not_drive_the_other(make_bundle: MakeBundle) -> None:
+    *_, error = open_engine(open_bundle(make_bundle()).file(ENGINE), "tensorrt", "tensorrt-rtx")
+    assert "has driven another runtime than tensorrt-rtx" in error
+
+
+class Runner:
+    """An engine of two sizes, as far as Polygraphy's runner shows it."""
+
+    def __init__(self, engine: Any, *, allocation_strategy: str) -> None:
+        self.engine, self.num_optimization_profiles = self, 2
+        self.profiles: list[int] = []
+
+    def activate(self) -> None:
+        """There is nothing to load."""
+
+    def get_input_metadata(self, *, use_numpy_dtypes: bool) -> dict[str, Any]:
+        return {"x": SimpleNamespace(dtype=np.float16)}
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, int]]:
+        width = (8, 4)[index]
+        return [(1, width), (2, width), (4, width)]
+
+    def set_profile(self, index: int) -> None:
+        self.profiles.append(index)
+
+    def infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"y": 2 * feeds["x"]}
+
+
+def test_engine_is_told_which_of_its_sizes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setenv("POLYGRAPHY_USE_TENSORRT_RTX", "1")
+    monkeypatch.setattr(importlib.import_module("polygraphy.config"), "USE_TENSORRT_RTX", True)
+    monkeypatch.setattr(importlib.import_module("polygraphy.backend.trt"), "TrtRunner", Runner)
+    opened = EngineSession(tmp_path / "engine", "tensorrt-rtx")
+    for shape in ((4, 8), (1, 4), (2, 8)):
+        doubled = opened.run({"x": np.ones(shape, np.float32)})["y"]
+        assert (doubled.dtype, doubled.shape) == (np.float16, shape)
+    assert opened._runner.profiles == [1, 0]
+    for shape in ((5, 8), (2, 6)):
+        with pytest.raises(DeployError, match=rf"was not built for x \[{shape[0]}, {shape[1]}\]"):
+            opened.run({"x": np.ones(shape, np.float32)})
+
+
+def test_engine_of_tensorrt_is_built_for_what_the_manifest_says(
+    make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu("8.9")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    variant, reasons = choose_variant(open_bundle(make_bundle()), None)
-    assert variant.target == "rtx4090"
-    assert reasons == ["rtx4090: runs here on the GPU it was built for"]
-
-
-def test_engine_needs_its_runtime(
-    make_bundle: MakeBundle, gpu: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpu("8.9")
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "tensorrt_rtx" else find_spec(name)
-    )
-    variant, reasons = choose_variant(open_bundle(make_bundle()), None)
-    assert variant.target == "cpu-x86"
-    assert reasons[0] == "rtx4090: passed over, tensorrt_rtx is not installed (pip install 'hptool[rtx]')"
-
-
-@pytest.mark.parametrize(
-    ("found", "why"), [(None, "8.9, and there is none"), ("9.0", "8.9, and this GPU has 9.0")]
-)
-def test_other_machine_takes_onnxruntime_and_says_why(
-    make_bundle: MakeBundle, gpu: Callable[[str | None], None], found: str | None, why: str
-) -> None:
-    gpu(found)
     bundle = open_bundle(make_bundle())
-    variant, reasons = choose_variant(bundle, None)
-    assert variant.target == "cpu-x86"
-    assert [reason.split(":")[0] for reason in reasons] == ["rtx4090", "cpu-x86"]
-    assert why in reasons[0]
-    assert isinstance(open_variant(bundle, variant, threads=1), Session)
+    rtx, cpu = bundle.manifest.variants
+    variant = replace(rtx, runtime="tensorrt", path=cpu.path)
+    asked = []
 
+    def kept(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return tmp_path / "transformer.engine", None
 
-def test_requested_engine_never_falls_back(
-    make_bundle: MakeBundle, gpu: Callable[[str | None], None]
-) -> None:
-    gpu(None)
-    with pytest.raises(DeployError, match=r"variant for 'rtx4090' cannot run here: its engine needs a GPU"):
-        choose_variant(open_bundle(make_bundle()), "rtx4090")
-
-
-def test_requested_variant_is_taken_where_a_better_one_would_run(
-    make_bundle: MakeBundle, gpu: Callable[[str | None], None]
-) -> None:
-    gpu("8.9")
-    variant, reasons = choose_variant(open_bundle(make_bundle()), "cpu-x86")
-    assert (variant.target, reasons) == ("cpu-x86", ["cpu-x86: requested"])
-
-
-def test_unknown_target_names_those_there(make_bundle: MakeBundle) -> None:
-    with pytest.raises(DeployError, match="has no variant for 'rtx5090', only for rtx4090, cpu-x86"):
-        choose_variant(open_bundle(make_bundle()), "rtx5090")
-
-
-def test_nothing_to_run_is_an_error(make_bundle: MakeBundle, gpu: Callable[[str | None], None]) -> None:
-    gpu(None)
-    bundle = open_bundle(make_bundle())
-    engines = [variant for variant in bundle.manifest.variants if variant.runtime == "tensorrt-rtx"]
-    bundle = replace(bundle, manifest=replace(bundle.manifest, variants=engines))
-    with pytest.raises(DeployError, match=r"No variant of .* can run here \(rtx4090: passed over"):
-        choose_variant(bundle, None)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the extra `rtx`")
-def test_engine_that_cannot_be_loaded_is_a_clear_error(make_bundle: MakeBundle) -> None:
-    path = open_bundle(make_bundle()).file("engines/rtx4090/transformer.engine")
-    # In a process of its own: Polygraphy settles on one TensorRT when it is first imported.
-    code = (
-        "import sys; from deploy.errors import DeployError; from deploy.session import EngineSession\n"
-        "try: EngineSession(sys.argv[1])\n"
-        "except DeployError as error: print(error)"
+    monkeypatch.setattr(session, "kept_engine", kept)
+    monkeypatch.setattr(session, "EngineSession", lambda *arguments: arguments)
+    opened = open_variant(bundle, variant, cache=tmp_path)
+    assert opened == (tmp_path / "transformer.engine", "tensorrt")
+    request = EngineRequest(
+        runtime="tensorrt",
+        graph=str(bundle.path / "transformer/model.onnx"),
+        compute_capabilities=(),
+        latent_sizes=((8, 8), (8, 4)),
+        num_tokens=23,
+        batches=(1, 2, 4),
     )
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
-    assert f"TensorRT-RTX cannot load {path}: " in done.stdout
+    digest = bundle.manifest.files["transformer/model.onnx"].sha256
+    assert asked == [(request, {"transformer/model.onnx": digest}, tmp_path)]
 
 
-class Driver:
-    """As much of the CUDA driver as is asked for a GPU of compute capability 8.9."""
-
-    def __init__(self, num_devices: int) -> None:
-        self.num_devices = num_devices
-
-    def cuInit(self, flags: int) -> int:  # noqa: N802
-        return 0 if self.num_devices else 100
-
-    def cuDeviceGet(self, device: Any, ordinal: int) -> int:  # noqa: N802
-        return 0
-
-    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:  # noqa: N802
-        value._obj.value = {75: 8, 76: 9}[attribute]
-        return 0
-
-
-@pytest.mark.parametrize(("num_devices", "expected"), [(1, "8.9"), (0, None)])
-def test_driver_is_asked_for_the_compute_capability(
-    monkeypatch: pytest.MonkeyPatch, num_devices: int, expected: str | None
+def test_graph_runs_on_the_providers_of_its_runtime(
+    make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(num_devices))
-    assert gpu_compute_capability() == expected
+    bundle = open_bundle(make_bundle())
+    variant = replace(bundle.manifest.variants[1], runtime="onnxruntime-cuda")
+    with pytest.raises(DeployError, match="has no CUDAExecutionProvider here"):
+        open_variant(bundle, variant)
+    made = []
 
+    class Recorded(Session):
+        def __init__(self, path: Path, **options: Any) -> None:
+            made.append((path, options["providers"]))
 
-def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise OSError(name)
-
-    monkeypatch.setattr(ctypes, "CDLL", missing)
-    assert gpu_compute_capability() is None
+    monkeypatch.setattr(session, "Session", Recorded)
+    open_variant(bundle, variant)
+    open_variant(bundle, replace(variant, runtime="onnxruntime-tensorrt"))
+    cuda = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    path = bundle.path / variant.path
+    assert made == [(path, cuda), (path, ("TensorrtExecutionProvider", *cuda))]
 
 
 def test_missing_extra_says_how_to_install_it() -> None:

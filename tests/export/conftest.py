@@ -40,6 +40,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         world=None,
     )
     save_model(model, path)
+    (path / "LICENSE").write_text("Do what you like.")
     return path
 
 
@@ -72,17 +73,25 @@ def gpu() -> Profile:
     """A target that computes in float16; it gets an engine where TensorRT-RTX is installed to build one."""
     profile = load_profile("rtx4090")
     if importlib.util.find_spec("tensorrt_rtx") is None:
-        return dataclasses.replace(profile, runtime="onnxruntime", compute_capability=None)
+        return dataclasses.replace(profile, runtimes=("onnxruntime-cuda",))
     return profile
 
 
 @pytest.fixture(scope="session")
+def gpus(gpu: Profile) -> list[Profile]:
+    """Targets of three generations that compute as `gpu` does, and one whose engine is built on itself."""
+    others = [load_profile("rtx3060-12gb"), load_profile("rtx5090")]
+    others = [dataclasses.replace(other, runtimes=gpu.runtimes) for other in others]
+    return [others[0], gpu, others[1], load_profile("h100")]
+
+
+@pytest.fixture(scope="session")
 def bundle(
-    on_disk: Model, gpu: Profile, cache: ComponentCache, tmp_path_factory: pytest.TempPathFactory
+    on_disk: Model, gpus: list[Profile], cache: ComponentCache, tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
     """The model in 4 bits."""
     output = tmp_path_factory.mktemp("int4") / "bundle"
-    return export_bundle(on_disk, targets=[gpu], output=output, cache=cache, license="mit")
+    return export_bundle(on_disk, targets=gpus, output=output, cache=cache, license="mit")
 
 
 @pytest.fixture(scope="session")

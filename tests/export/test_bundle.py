@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -17,16 +18,18 @@ import pytest
 import tokenizers
 import torch
 
-from deploy.bundle import Bundle, Graph
+from deploy.bundle import Bundle, Graph, Variant
 from export import bundle as bundle_module
 from export import components
 from export.bundle import export_bundle
 from export.cache import ComponentCache
+from export.calibration import calibrate
 from export.denoiser import LoweredTransformer
 from export.errors import ExportError
 from export.quantize import QuantReport
 from profiles.schema import Profile, load_profile
 from toolchain.families import Model
+from toolchain.progress import silent
 
 BLOCK_LINEAR = re.compile(r"transformer_blocks\..*\.weight")
 
@@ -55,17 +58,70 @@ def run(bundle: Bundle, graph: str, inputs: dict[str, torch.Tensor]) -> list[np.
 def test_the_files_are_those_of_the_format(bundle: Bundle, gpu: Profile) -> None:
     parts = ("text_encoder", "text_encoder_2", "vae_decoder", "transformer")
     expected = {f"{part}/{name}" for part in parts for name in ("model.onnx", "weights.data")}
-    expected |= {"transformer/model.fp16.onnx", "parity.json"}
+    expected |= {"transformer/model.fp16.onnx", "parity.json", "engines.json", "LICENSE"}
     expected |= {"tokenizer/tokenizer.json", "tokenizer_2/tokenizer.json"}
-    if gpu.runtime != "onnxruntime":
-        expected.add("engines/rtx4090/transformer.engine")
+    if "tensorrt-rtx" in gpu.runtimes:
+        (engine,) = bundle.path.glob("engines/*")
+        assert re.fullmatch(r"sm86-sm89-sm120-[0-9a-f]{8}\.engine", engine.name)
+        expected.add(f"engines/{engine.name}")
     assert bundle.manifest.files.keys() == expected
 
 
+def test_the_bundle_says_where_it_came_from_and_on_what_terms(
+    model: Model, on_disk: Model, bundle: Bundle, cache: ComponentCache, tmp_path: Path
+) -> None:
+    found = bundle.manifest.provenance
+    assert (found.model, found.revision, found.license) == (str(on_disk.path), None, "mit")
+    assert found.calibration_sha256 is None
+    assert bundle.file("LICENSE").read_text() == (on_disk.path / "LICENSE").read_text()
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "snapshots" / commit
+    shutil.copytree(on_disk.path, snapshot)
+    calibration = calibrate(model, ["a red circle"], tmp_path / "calibration", seed=0, bar=silent)
+    found = export_bundle(
+        dataclasses.replace(on_disk, path=snapshot),
+        targets=[load_profile("cpu-x86")],
+        output=tmp_path / "bundle",
+        cache=cache,
+        calibration=calibration,
+        base_model="owner/name",
+        base_revision=commit,
+    ).manifest.provenance
+    assert (found.revision, found.base_model, found.base_revision) == (commit, "owner/name", commit)
+    files = [tmp_path / "calibration" / name for name in ("moments.safetensors", "harms.json")]
+    content = b"".join(path.read_bytes() for path in files)
+    assert found.calibration_sha256 == hashlib.sha256(content).hexdigest()
+
+
 def test_a_bundle_for_a_gpu_runs_on_a_cpu_too(bundle: Bundle) -> None:
-    variants = {variant.target: (variant.activations, variant.path) for variant in bundle.manifest.variants}
-    assert variants["rtx4090"][0] == "float16"
-    assert variants["cpu-x86"] == ("float32", "transformer/model.onnx")
+    *_, cpu = bundle.manifest.variants
+    assert cpu == Variant(
+        target="cpu-x86",
+        runtime="onnxruntime-cpu",
+        path="transformer/model.onnx",
+        activations="float32",
+        compute_capabilities=[],
+        shapes=None,
+    )
+
+
+def test_a_target_has_a_variant_for_each_of_its_runtimes(bundle: Bundle, gpus: list[Profile]) -> None:
+    found = [(variant.target, variant.runtime) for variant in bundle.manifest.variants]
+    wanted = [(profile.name, runtime) for profile in gpus for runtime in profile.runtimes]
+    assert found == [*wanted, ("cpu-x86", "onnxruntime-cpu")]
+    half = {variant.path for variant in bundle.manifest.variants if variant.runtime == "onnxruntime-cuda"}
+    assert half == {"transformer/model.fp16.onnx"}
+
+
+def test_a_processor_computes_in_float32_whatever_the_target_asks(
+    on_disk: Model, gpu: Profile, cache: ComponentCache, tmp_path: Path
+) -> None:
+    both = dataclasses.replace(gpu, runtimes=("onnxruntime-cuda", "onnxruntime-cpu"))
+    made = export_bundle(on_disk, targets=[both], output=tmp_path / "bundle", cache=cache)
+    activations = [(variant.runtime, variant.activations) for variant in made.manifest.variants]
+    assert activations[:2] == [("onnxruntime-cuda", "float16"), ("onnxruntime-cpu", "float32")]
+    assert "engines.json" not in made.manifest.files
 
 
 @pytest.mark.parametrize("graph", ["transformer/model.onnx", "transformer/model.fp16.onnx"])
@@ -164,6 +220,7 @@ def test_a_graph_that_differs_leaves_no_bundle_behind(
         wrong = lowered.clone()
         constant = wrong.graph.graph.initializers["pos_embed.rows"]
         constant.const_value = ir.tensor(np.zeros(constant.const_value.shape.numpy(), dtype=np.float32))
+        wrong.graph.opset_imports["com.microsoft"] = 1
         return wrong
 
     monkeypatch.setattr(components, "lower_transformer", broken)
@@ -265,6 +322,52 @@ def test_a_picture_size_the_model_cannot_make_is_refused(model: Model, gpu: Prof
     pytest.importorskip("tensorrt_rtx")
     large = dataclasses.replace(gpu, buckets=((64, 64), (64, 1024)))
     assert "64x1024" in refusal(model, [large], tmp_path)
+
+
+def test_a_length_of_text_the_model_does_not_make_is_refused(
+    model: Model, gpu: Profile, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    other = dataclasses.replace(gpu, text_tokens=77)
+    message = refusal(model, [other], tmp_path)
+    assert re.search(r"engines of 77 text tokens, and prompts of this model make \d+", message)
+
+
+def test_targets_that_want_different_bits_are_refused_unless_bits_are_named(
+    on_disk: Model, cache: ComponentCache, tmp_path: Path
+) -> None:
+    cpu = load_profile("cpu-x86")
+    coarse = dataclasses.replace(cpu, name="coarse", weight_bits=8)
+    message = refusal(on_disk, [cpu, coarse], tmp_path)
+    assert "weights of different bits (cpu-x86 4, coarse 8)" in message
+    assert "--bits" in message
+
+
+def test_bits_are_the_targets_unless_they_are_named(
+    on_disk: Model, cache: ComponentCache, tmp_path: Path
+) -> None:
+    whole = dataclasses.replace(load_profile("cpu-x86"), weight_bits=32)
+    made = export_bundle(on_disk, targets=[whole], output=tmp_path / "bundle", cache=cache)
+    assert [graph.weights for graph in made.manifest.graphs["transformer"]] == ["float32"]
+
+
+def test_a_profile_of_ones_own_that_extends_another_is_a_target(
+    on_disk: Model, cache: ComponentCache, tmp_path: Path
+) -> None:
+    text = 'name = "mine"\ndescription = "Mine"\nextends = "rtx4090"\nruntimes = ["onnxruntime-cuda"]\n'
+    (tmp_path / "mine.toml").write_text(text)
+    target = load_profile(str(tmp_path / "mine.toml"))
+    made = export_bundle(on_disk, targets=[target], output=tmp_path / "bundle", cache=cache)
+    mine = next(variant for variant in made.manifest.variants if variant.target == "mine")
+    assert (mine.activations, mine.path) == ("float16", "transformer/model.fp16.onnx")
+
+
+def test_turing_gets_no_engine_of_4_bits(model: Model, gpu: Profile, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    turing = dataclasses.replace(gpu, name="rtx2080", compute_capability="7.5")
+    message = refusal(model, [gpu, turing], tmp_path)
+    assert "no engine with 4-bit weights for compute capability 7.5, which rtx2080 has" in message
+    assert "--bits 8 or 16" in message
 
 
 def test_no_target_is_refused(model: Model, tmp_path: Path) -> None:

@@ -125,7 +125,9 @@ def test_students_of_every_family_agree_with_torch_at_sizes_that_were_not_traced
 
 def test_a_kind_of_block_is_traced_once(on_disk: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     traced, trace = [], denoiser.trace
-    monkeypatch.setattr(denoiser, "trace", lambda *args: traced.append(1) or trace(*args))
+    monkeypatch.setattr(
+        denoiser, "trace", lambda *args, **options: traced.append(1) or trace(*args, **options)
+    )
     lowered = lower_transformer(on_disk.mmdit, on_disk.weights("transformer"))
     assert lowered.blocks == ("transformer_blocks.0", "transformer_blocks.1")
     assert len(traced) == 3  # what is around the blocks, a block, and the one that ends the text
@@ -137,3 +139,30 @@ def test_a_table_of_positions_that_is_not_of_sines_is_refused(model: Model) -> N
     table[0, 3, 5] += 1
     with pytest.raises(ToolchainError, match="not one of sines and cosines"):
         lower_transformer(model.mmdit, weights | {"pos_embed.pos_embed": table})
+
+
+@pytest.mark.parametrize("family", ["tiny_path", "tiny_dual_path", "tiny_flux_path"])
+def test_fused_attention_computes_the_same_without_its_scores(
+    request: pytest.FixtureRequest, tmp_path: Path, family: str
+) -> None:
+    model = open_model(str(request.getfixturevalue(family)))
+    config, height, width = model.pipeline.transformer.config, 6, 10
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        "hidden_states": torch.randn(2, model.mmdit.latent_channels, height, width, generator=generator),
+        "timestep": torch.tensor([900.0, 3.0]),
+        "encoder_hidden_states": torch.randn(2, 5, config.joint_attention_dim, generator=generator),
+        "pooled_projections": torch.randn(2, config.pooled_projection_dim, generator=generator),
+    }
+    graphs = [
+        lower_transformer(model.mmdit, model.weights("transformer"), fused_attention=fused).graph
+        for fused in (False, True)
+    ]
+    kinds = [[node.op_type for node in graph.graph] for graph in graphs]
+    assert kinds[0].count("Softmax") == kinds[1].count("MultiHeadAttention") > 0
+    assert "Softmax" not in kinds[1]
+    (plain,), (fused,) = (
+        run(graph, tmp_path / f"{index}.onnx", inputs) for index, graph in enumerate(graphs)
+    )
+    assert np.abs(plain).max() > 0.1
+    np.testing.assert_allclose(fused, plain, atol=1e-5)

@@ -116,3 +116,18 @@ def test_bytes_that_belong_to_nothing_and_missing_ones_are_named(tmp_path: Path)
     (tmp_path / WEIGHTS).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ExportError, match="symbolic link"):
         lint_graphs([path], BITS)
+
+
+def test_operators_of_others_are_named_unless_they_are_the_one_that_was_meant(tmp_path: Path) -> None:
+    def fuse(model: ir.Model) -> None:
+        x, y = model.graph.inputs[0], model.graph.outputs[0]
+        node = ir.node("MultiHeadAttention", [x], {"num_heads": 1}, domain="com.microsoft")
+        node.outputs[0].name = "z"
+        model.graph.append(node)
+        model.opset_imports["com.microsoft"] = 1
+        assert y.name == "y"
+
+    path = written(tmp_path, fuse)
+    lint_graphs([path], BITS, fused=["model.onnx"])
+    with pytest.raises(ExportError, match="operators that are not of ONNX: MultiHeadAttention"):
+        lint_graphs([path], BITS)

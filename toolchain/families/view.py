@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from toolchain.families.mmdit import MMDiT
-    from toolchain.geometry import Geometry
+    from toolchain.geometry import Geometry, Semantics, Unit
 
 BUILT_IN = "shapes"
 DEFAULTS_FILE = "generation_defaults.json"
+
+_PUBLISHED = Path(__file__).parent / "published"
+"""Configurations of published models, by their hub ids: what `config` opens without a network."""
 
 _SCHEMA_VERSION = 1
 # By the class of the pipeline. A new family is a module with a subclass of MMDiT, and a line here.
@@ -37,7 +40,7 @@ _FAMILIES = {
     "FluxPipeline": "toolchain.families.flux:Flux",
 }
 
-Precision = Literal["float32", "stored", "none"]
+Precision = Literal["float32", "stored", "none", "config"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,13 @@ class Model:
     defaults: GenerationDefaults
     world: Literal["shapes"] | None
     """The built-in world whose captions and detector fit this model; None for all others."""
+    config_only: bool = False
+    """Whether it was opened without weights, which then are zeros."""
+
+    @property
+    def revision(self) -> str | None:
+        """Commit of the repository on the hub that the files are of; None for a model from elsewhere."""
+        return self.path.name if self.path.parent.name == "snapshots" else None
 
     @property
     def mmdit(self) -> MMDiT:
@@ -134,14 +144,31 @@ class Model:
         with _quiet():
             return dataclasses.replace(self, pipeline=type(self.pipeline)(**parts))
 
+    def without_units(self, removed: Iterable[Unit], semantics: Semantics = "zero") -> Model:
+        """The same model, some of its blocks and components gone from its transformer; weights are shared.
+
+        Raises:
+            ToolchainError: There is no such block or component.
+        """
+        parts = {
+            **self.pipeline.components,
+            "transformer": self.mmdit.without(removed, semantics).transformer,
+        }
+        with _quiet():
+            return dataclasses.replace(self, pipeline=type(self.pipeline)(**parts))
+
     def weights(self, part: str) -> Mapping[str, torch.Tensor]:
         """Tensors of a part by the names of its state dict, read from disk one at a time where it holds none.
 
         Raises:
             ToolchainError: The files do not hold exactly what the part is made of.
         """
+        import torch
+
         module = getattr(self.pipeline, part)
         held: dict[str, torch.Tensor] = module.state_dict()
+        if self.config_only:
+            return {name: torch.zeros(1).expand(tensor.shape) for name, tensor in held.items()}
         if any(tensor.is_meta for tensor in held.values()):
             return StoredTensors(self.source, self.path / part, module, stored_names(module))
         return held
@@ -177,12 +204,17 @@ def open_model(source: str, *, precision: Precision = "float32") -> Model:
         precision: `float32` is what a CPU computes and trains in, whatever the weights are stored in.
             `stored` keeps the weights of each part as they lie on disk, without a second copy, for models of
             billions of parameters; what is to learn of them is for the training to hold in float32. `none`
-            leaves all parameters on the meta device, for `Model.weights` to read one at a time.
+            leaves all parameters on the meta device, for `Model.weights` to read one at a time. `config`
+            takes the configurations alone, of a model whose weights need not be there: its tensors are zeros
+            that take no memory, and tokenizers may be missing too. Some published models are known by their
+            hub ids.
 
     Raises:
         ToolchainError: There is no such model, its class is not supported, or its files are damaged.
     """
-    path = _resolve(source)
+    import torch
+
+    path = _resolve(source, config_only=precision == "config")
     index = read_json(path / "model_index.json")
     name = index.get("_class_name")
     if name not in _FAMILIES:
@@ -197,15 +229,19 @@ def open_model(source: str, *, precision: Precision = "float32") -> Model:
             f"the transformer of {source} is {part}; that of a {name} is a {family.plain.__name__}"
         )
     transformer = read_json(path / "transformer" / "config.json")
-    defaults, world = _read_defaults(path, GenerationDefaults(**family.usual_settings(transformer)))
+    usual = GenerationDefaults(**family.usual_settings(transformer))
+    # A repository says how its model is run on its page only, which is no data.
+    said = path if (path / DEFAULTS_FILE).exists() else _PUBLISHED / source
+    defaults, world = _read_defaults(said, usual)
     pipeline = _load(source, path, index, family, precision)
     model = Model(
         source=source,
         path=path,
         pipeline=pipeline,
-        stored_dtype=_stored_dtype(path / "transformer"),
+        stored_dtype=torch.bfloat16 if precision == "config" else _stored_dtype(path / "transformer"),
         defaults=defaults,
         world=world,
+        config_only=precision == "config",
     )
     unit = pipeline.vae_scale_factor * model.mmdit.patch_size
     if defaults.height % unit or defaults.width % unit:
@@ -255,7 +291,7 @@ def built_in_path() -> Path:
     return Path(__file__).parent.parent / "shapes" / "weights"
 
 
-def _resolve(source: str) -> Path:
+def _resolve(source: str, *, config_only: bool) -> Path:
     if source == BUILT_IN:
         return built_in_path()
     if Path(source).is_dir():
@@ -269,12 +305,17 @@ def _resolve(source: str) -> Path:
             f"there is no model {source!r}: it is neither a directory here nor {BUILT_IN!r}, the model that "
             "comes with the tool; a model on the Hugging Face hub is named owner/name"
         )
+    if config_only and (_PUBLISHED / source / "model_index.json").is_file():
+        return _PUBLISHED / source
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         # Pickled weights and single-file copies are never fetched.
-        patterns = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
+        patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
+        patterns += ["README.md", "LICENSE*", "NOTICE*"]  # on what terms it may be used
+        if not config_only:
+            patterns.append("*/*.safetensors")
         return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns="*.fp16.*"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -313,9 +354,11 @@ def _load(
                     continue
                 made = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
                 weighs = name == "vae" or name.startswith(("text_encoder", "image_encoder"))
-                if not weighs:
+                if precision == "config" and not weighs and not where.is_dir():
+                    parts[name] = None  # a tokenizer, which would only say how long prompts may be
+                elif not weighs:
                     parts[name] = made.from_pretrained(where, local_files_only=True)
-                elif precision == "none":
+                elif precision in ("none", "config"):
                     parts[name] = _skeleton(where, made)
                 else:
                     # Either library only warns of what a file lacks, and makes it up.
@@ -354,6 +397,8 @@ def _load_transformer(source: str, path: Path, family: type[MMDiT], precision: P
     if removed is not None:
         gone = {int(block): tuple(names) for block, names in removed.items()}
         transformer = family(transformer, guidance_scale=1.0).with_removed(gone, semantics).transformer
+    if precision == "config":
+        return transformer
     stored = StoredTensors(source, path, transformer)
     if precision != "none":
         weights = {name: stored[name] for name in stored}

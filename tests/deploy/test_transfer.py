@@ -1,0 +1,339 @@
+"""Bundles travel through a registry and the hub, and what arrives is checked before it has its name."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import huggingface_hub
+import pytest
+
+from deploy import transfer
+from deploy.bundle import MANIFEST, SIGNATURE, BundleError, open_bundle
+from deploy.errors import DeployError
+from deploy.transfer import pull_bundle, push_bundle
+from toolchain import cli
+
+MakeBundle = Callable[..., Path]
+
+GRAPH = "transformer/model.onnx"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Server(BaseHTTPRequestHandler):
+    """What a registry and the hub have in common: one dictionary of contents, and a log."""
+
+    protocol_version = "HTTP/1.1"
+    requests: ClassVar[list[str]]
+    contents: ClassVar[dict[str, Any]]
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing on standard error."""
+
+    def parse_request(self) -> bool:
+        parsed = super().parse_request()
+        self.requests.append(f"{self.command} {self.path} {self.headers.get('Range') or ''}".strip())
+        return parsed
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def answer(self, status: int, content: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def send_file(self, content: bytes | None, **headers: str) -> None:
+        if content is None:
+            return self.answer(404, X_Error_Code="EntryNotFound")
+        if start := re.match(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            return self.answer(206, content[int(start[1]) :], **headers)
+        return self.answer(200, content, **headers)
+
+
+class Registry(Server):
+    """Of the distribution specification, what pushing and pulling blobs and manifests needs."""
+
+    def do_GET(self) -> None:
+        self.send_file(self.contents.get(self.path), Content_Type="application/json")
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        self.body()
+        self.contents[f"upload {self.path}"] = b""
+        self.answer(202, Location=f"{self.path}session")
+
+    def do_PATCH(self) -> None:
+        upload = f"upload {self.path.removesuffix('session')}"
+        self.contents[upload] += self.body()
+        self.answer(202, Location=self.path)
+
+    def do_PUT(self) -> None:
+        content, (path, _, query) = self.body(), self.path.partition("?digest=")
+        if not query:
+            self.contents[self.path] = content
+            return self.answer(201)
+        content = self.contents.pop(f"upload {path.removesuffix('session')}") + content
+        digest = query.replace("%3A", ":")
+        if digest != f"sha256:{hashlib.sha256(content).hexdigest()}":
+            return self.answer(400)
+        self.contents[path.removesuffix("uploads/session") + digest] = content
+        return self.answer(201)
+
+
+class Hub(Server):
+    """Of the hub's interface, what committing small files and fetching them needs."""
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/api/models/owner/name"):
+            facts: Any = {"id": "owner/name", "sha": COMMIT, "tags": [], "private": False}
+            if "/tree/" in self.path:
+                facts = [
+                    {"type": "file", "path": name, "size": len(content or b""), "oid": name}
+                    for name, content in self.contents.items()
+                ]
+            return self.answer(200, json.dumps(facts).encode(), Content_Type="application/json")
+        name = self.path.partition(f"/resolve/{COMMIT}/")[2]
+        etag = hashlib.sha256(self.contents.get(name) or b"").hexdigest()
+        return self.send_file(self.contents.get(name), ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        body = self.body()
+        answers: dict[str, Any] = {"url": "https://huggingface.co/owner/name", "success": True}
+        if "/preupload/" in self.path:
+            paths = [item["path"] for item in json.loads(body)["files"]]
+            answers["files"] = [
+                {"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths
+            ]
+        if "/commit/" in self.path:
+            lines = [json.loads(line) for line in body.splitlines()]
+            written = [line["value"] for line in lines if line["key"] == "file"]
+            self.contents.update({item["path"]: base64.b64decode(item["content"]) for item in written})
+            answers |= {
+                "commitUrl": f"https://huggingface.co/owner/name/commit/{COMMIT}",
+                "commitOid": COMMIT,
+            }
+        return self.answer(200, json.dumps(answers).encode(), Content_Type="application/json")
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[type[Server]], tuple[str, type[Server]]]]:
+    """Start a server; returns its host and port, and its class, which holds what it knows."""
+    servers = []
+
+    def start(kind: type[Server]) -> tuple[str, type[Server]]:
+        handler = type(kind.__name__, (kind,), {"requests": [], "contents": {}})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(server)
+        return f"127.0.0.1:{server.server_port}", handler
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+Served = tuple[str, dict[str, Any], list[str]]
+
+
+@pytest.fixture(params=["oci", "hf"])
+def place(
+    request: pytest.FixtureRequest,
+    serve: Callable[[type[Server]], tuple[str, type[Server]]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> Served:
+    """Where to push to, what is stored there, and what was asked for."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # nobody's credentials
+    host, server = serve(Registry if request.param == "oci" else Hub)
+    if request.param == "oci":
+        return f"oci://{host}/owner/name:v1", server.contents, server.requests
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub = partial(huggingface_hub.HfApi, endpoint=f"http://{host}", token="hf_none")
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
+    return "hf://owner/name", server.contents, server.requests
+
+
+def stored(place: Served, content: bytes) -> str:
+    """Where something is stored."""
+    return next(name for name, held in place[1].items() if held == content)
+
+
+def test_what_was_pushed_is_pulled(place: Served, make_bundle: MakeBundle, tmp_path: Path) -> None:
+    path = make_bundle()
+    (path / SIGNATURE).write_text("{}")
+    push_bundle(path, place[0])
+    pulled = pull_bundle(place[0], tmp_path / "pulled")
+    assert pulled == open_bundle(tmp_path / "pulled")
+    for file in (file for file in path.rglob("*") if file.is_file()):
+        assert (tmp_path / "pulled" / file.relative_to(path)).read_bytes() == file.read_bytes()
+    assert sorted(item.name for item in tmp_path.iterdir() if item.name.startswith(".")) == []
+    assert not (tmp_path / "pulled" / ".cache").exists()
+
+
+def test_a_file_that_was_changed_on_the_way_is_refused(
+    place: Served, make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    path = make_bundle()
+    push_bundle(path, place[0])
+    content = (path / GRAPH).read_bytes()
+    place[1][stored(place, content)] = content[:-1] + bytes([content[-1] ^ 1])
+    with pytest.raises(DeployError, match=r"model\.onnx'? (did not arrive as|is not the file)"):
+        pull_bundle(place[0], tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+    place[1][stored(place, content[:-1] + bytes([content[-1] ^ 1]))] = content
+    pull_bundle(place[0], tmp_path / "pulled")
+
+
+def test_an_interrupted_pull_goes_on_with_what_it_lacks(
+    place: Served, make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    path = make_bundle()
+    push_bundle(path, place[0])
+    content = (path / GRAPH).read_bytes()
+    missing = stored(place, content)
+    place[1][missing] = None  # listed, and cannot be had
+    with pytest.raises(DeployError, match="did not work"):
+        pull_bundle(place[0], tmp_path / "pulled")
+    place[1][missing] = content
+    before = len(place[2])
+    pull_bundle(place[0], tmp_path / "pulled")
+    fetched = [line for line in place[2][before:] if line.startswith("GET")]
+    assert any(line.endswith(missing) for line in fetched)
+    if place[0].startswith("oci"):  # the hub's client fetches in an order of its own
+        encoder = stored(place, (path / "text_encoder/model.onnx").read_bytes())
+        assert not any(line.endswith(encoder) for line in fetched)
+
+
+def test_an_unsigned_bundle_is_not_pulled_where_a_key_is_given(
+    place: Served, make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    push_bundle(make_bundle(), place[0])
+    with pytest.raises(BundleError, match="is not signed"):
+        pull_bundle(place[0], tmp_path / "pulled", key=tmp_path / "public.pem")
+    assert not (tmp_path / "pulled").exists()
+
+
+def test_files_of_others_are_left_where_they_are(
+    place: Served, make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    push_bundle(make_bundle(), place[0])
+    place[1]["README.md"] = place[1][".gitattributes"] = b"of the repository"
+    pull_bundle(place[0], tmp_path / "pulled")
+    assert not (tmp_path / "pulled" / "README.md").exists()
+
+
+def test_a_damaged_bundle_is_not_pushed(place: Served, make_bundle: MakeBundle) -> None:
+    path = make_bundle()
+    (path / GRAPH).write_bytes(b"damaged")
+    with pytest.raises(BundleError, match="has 7 bytes where its manifest says"):
+        push_bundle(path, place[0])
+    assert place[2] == []
+
+
+def test_a_place_without_a_bundle_is_one_error(place: Served, tmp_path: Path) -> None:
+    with pytest.raises(DeployError, match=r"did not work: .*\. Check the name"):
+        pull_bundle(place[0], tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+
+
+@pytest.mark.parametrize("place", ["hf"], indirect=True)
+def test_a_branch_of_the_hub_is_made_if_it_is_new(
+    place: Served, make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    push_bundle(make_bundle(), f"{place[0]}@v2")
+    assert "POST /api/models/owner/name/branch/v2" in place[2]
+    assert any(line.startswith("POST /api/models/owner/name/commit/v2") for line in place[2])
+    pull_bundle(f"{place[0]}@v2", tmp_path / "pulled")
+    assert any(line.startswith("GET /api/models/owner/name/revision/v2") for line in place[2])
+
+
+@pytest.mark.parametrize("place", ["oci"], indirect=True)
+def test_a_large_file_goes_up_in_chunks_and_comes_down_from_where_it_stopped(
+    place: Served, make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "_CHUNK_BYTES", 1000)
+    path = make_bundle()
+    push_bundle(path, place[0])
+    assert any(line.startswith("PATCH") for line in place[2])
+    content = (path / GRAPH).read_bytes()
+    begun = tmp_path / ".pulled.pull" / "transformer" / f"{hashlib.sha256(content).hexdigest()}.part"
+    begun.parent.mkdir(parents=True)
+    begun.write_bytes(content[:100])
+    pull_bundle(place[0], tmp_path / "pulled")
+    assert [line for line in place[2] if line.endswith("bytes=100-")] == [
+        f"GET {stored(place, content)} bytes=100-"
+    ]
+
+
+@pytest.mark.parametrize("place", ["oci"], indirect=True)
+def test_a_registry_cannot_fill_the_disk_or_write_elsewhere(
+    place: Served, make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    path = make_bundle()
+    push_bundle(path, place[0])
+    content = (path / GRAPH).read_bytes()
+    place[1][stored(place, content)] = content + bytes(10_000_000)
+    with pytest.raises(DeployError, match=r"'model\.onnx' did not arrive as it was published"):
+        pull_bundle(place[0], tmp_path / "pulled")
+    assert max(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 100_000
+
+    (name,) = (name for name in place[1] if "/manifests/" in name)
+    data = json.loads((path / MANIFEST).read_text())
+    data["files"]["../outside"] = data["files"].pop(GRAPH)
+    forged = json.dumps(data).encode()
+    digest = f"sha256:{hashlib.sha256(forged).hexdigest()}"
+    listing = json.loads(place[1][name])
+    for layer in listing["layers"]:
+        if layer["annotations"]["org.opencontainers.image.title"] == MANIFEST:
+            layer |= {"digest": digest, "size": len(forged)}
+    place[1][name] = json.dumps(listing).encode()
+    place[1][f"/v2/owner/name/blobs/{digest}"] = forged
+    with pytest.raises(BundleError, match=r"'\.\./outside' is not the path of a file inside"):
+        pull_bundle(place[0], tmp_path / "pulled")
+    assert not (tmp_path / "outside").exists()
+
+
+def test_a_directory_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("kept")
+    for target in (tmp_path, tmp_path / "kept"):
+        with pytest.raises(DeployError, match="is there already"):
+            pull_bundle("oci://127.0.0.1:1/owner/name", target)
+
+
+@pytest.mark.parametrize(
+    "address", ["owner/name", "hf://name", "hf://a/b/c", "oci://name", "oci://owner/name", "s3://a/b", ""]
+)
+def test_an_address_of_another_form_is_refused(address: str, tmp_path: Path) -> None:
+    with pytest.raises(DeployError, match="is no place for bundles"):
+        pull_bundle(address, tmp_path / "pulled")
+
+
+@pytest.mark.parametrize("place", ["oci"], indirect=True)
+def test_as_typed_a_bundle_is_pushed_and_pulled(
+    place: Served, make_bundle: MakeBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.app(["push", str(make_bundle()), place[0], "--json"])
+    assert json.loads(capsys.readouterr().out)["destination"] == place[0]
+    with pytest.raises(SystemExit):
+        cli.app(["pull", place[0], str(tmp_path / "pulled"), "--json"])
+    size = sum(file.bytes for file in open_bundle(tmp_path / "pulled").manifest.files.values())
+    expected = {"bundle": str(tmp_path / "pulled"), "bytes": size, "signature_checked": False}
+    assert json.loads(capsys.readouterr().out) == expected
