@@ -83,8 +83,8 @@ def section(results: dict[str, Any]) -> str:
             f"95 % within {results['healthz_ms']['p95']:.1f} ms |"
         ),
         (
-            f"| {memory['pictures']} pictures one after another | {memory['first_bytes'] / 1e6:.1f} MB resident "
-            f"after the first {WARM_UP}, {grown / 1e6:+.1f} MB at the end |"
+            f"| {memory['pictures']} pictures one after another | {memory['first_bytes'] / 1e6:.1f} MB of "
+            f"memory after the first {WARM_UP}, {grown / 1e6:+.1f} MB at the end |"
         ),
     ]
     return "\n".join(lines) + "\n"
