@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import openvino
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
@@ -41,12 +42,15 @@ def main(directory: Path = Path("demo")) -> None:
     recipe = report["recipe"]
     plan = plan_from_json(read_json(directory / "student" / PLAN_FILE))
     original, distilled = open_model(report["model"]), open_model(str(directory / "student"))
-    edge = EdgePipeline.open(directory / "bundle", target="cpu-x86")
+    edges = {
+        f"distilled, INT4 on {name}": EdgePipeline.open(directory / "bundle", runtime=runtime)
+        for name, runtime in (("onnxruntime", "onnxruntime-cpu"), ("OpenVINO", "openvino"))
+    }
     painters: dict[str, Painter] = {
         "original": original,
         "pruned": prune(original, plan),
         "distilled": distilled,
-        "distilled, INT4 on onnxruntime": edge,
+        **edges,
     }
     rows = []
     for stage, (name, model) in zip(report["stages"], painters.items(), strict=False):
@@ -61,24 +65,31 @@ def main(directory: Path = Path("demo")) -> None:
                 "ms_per_step": _torch_step_ms(model),
             }
         )
-    score = evaluate_shapes(edge, num_per_task=recipe["captions_per_task"], seed=recipe["seed"])
-    rows.append(
-        {
-            "model": "distilled, INT4 on onnxruntime",
-            "parameters": rows[-1]["parameters"],
-            "transformer_bytes": _transformer_bytes(edge),
-            "score": score.mean,
-            "standard_error": score.standard_error,
-            "ms_per_step": _edge_step_ms(edge),
-        }
-    )
+    for name, edge in edges.items():
+        score = evaluate_shapes(edge, num_per_task=recipe["captions_per_task"], seed=recipe["seed"])
+        rows.append(
+            {
+                "model": name,
+                "parameters": rows[-1]["parameters"],
+                "transformer_bytes": _transformer_bytes(edge),
+                "score": score.mean,
+                "standard_error": score.standard_error,
+                "ms_per_step": _edge_step_ms(edge),
+            }
+        )
     machine = {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
+        "openvino": openvino.__version__,
     }
-    table = {"schema_version": 1, "captions_per_task": score.num_per_task, "machine": machine, "rows": rows}
+    table = {
+        "schema_version": 1,
+        "captions_per_task": recipe["captions_per_task"],
+        "machine": machine,
+        "rows": rows,
+    }
     write_json(directory / "table.json", table)
     _grid(painters).save(directory / "grid.png")
     _show(rows, machine, directory)
@@ -100,7 +111,7 @@ def _torch_step_ms(model: Model) -> float:
 
 
 def _edge_step_ms(edge: EdgePipeline) -> float:
-    """The same through onnxruntime."""
+    """The same on the edge."""
     edge("a red circle")
     return statistics.median(edge("a red circle").timings_ms["steps"])
 

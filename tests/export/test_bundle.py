@@ -109,7 +109,7 @@ def test_a_bundle_for_a_gpu_runs_on_a_cpu_too(bundle: Bundle) -> None:
 def test_a_target_has_a_variant_for_each_of_its_runtimes(bundle: Bundle, gpus: list[Profile]) -> None:
     found = [(variant.target, variant.runtime) for variant in bundle.manifest.variants]
     wanted = [(profile.name, runtime) for profile in gpus for runtime in profile.runtimes]
-    assert found == [*wanted, ("cpu-x86", "onnxruntime-cpu")]
+    assert found == [*wanted, ("cpu-x86", "openvino"), ("cpu-x86", "onnxruntime-cpu")]
     half = {variant.path for variant in bundle.manifest.variants if variant.runtime == "onnxruntime-cuda"}
     assert half == {"transformer/model.fp16.onnx"}
 

@@ -41,7 +41,7 @@ def test_targets_are_listed_with_their_numbers(
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert rows.keys() >= set(available_profiles())
     assert rows["rtx4090"][-5:] == ["24", "1008", "165.2", "tensorrt-rtx", "8.9"]
-    assert rows["cpu-x86"][-2:] == ["onnxruntime-cpu", "-"]
+    assert rows["cpu-x86"][-2:] == ["openvino", "-"]
 
 
 def test_targets_are_printed_as_data_and_as_a_page(
@@ -109,6 +109,7 @@ def test_the_doctor_shows_what_it_found_and_what_to_do(
     monkeypatch.setattr(machine, "read_gpus", lambda: gpus)
     monkeypatch.setattr(machine, "_packages", lambda: {"onnxruntime": "1.26.0", "onnxruntime-gpu": "1.26.0"})
     lacking = {"export": (), "edge": (), "edge-gpu": (), "tensorrt": ("tensorrt>=10.8",), "rtx": ()}
+    lacking["openvino"] = ("openvino>=2025.4",)
     monkeypatch.setattr(machine, "_missing", lambda: lacking)
     assert hptool(monkeypatch, "doctor", "--target", "h200", "--target", "cpu-x86") == 0
     shown = capsys.readouterr().out
