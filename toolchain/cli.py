@@ -870,7 +870,8 @@ def main() -> None:
 
 def print_(what: Any) -> None:
     """Show a person something on standard output."""
-    Console(highlight=False).print(what)
+    # Text is not cut at the width of the terminal: a path has to stay whole to be copied.
+    Console(highlight=False).print(what, soft_wrap=isinstance(what, str))
 
 
 def _fail(message: str) -> None:

@@ -531,7 +531,7 @@ def wait_until_refused(address: str) -> None:
     while time.monotonic() < until:
         try:
             httpx.get(f"{address}/healthz")
-        except httpx.ConnectError:
+        except httpx.TransportError:  # refused, or broken off while it closed
             return
     pytest.fail("it still answers")
 
