@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import random
 import re
 import sys
@@ -93,7 +94,10 @@ def test_pages_of_mapped_files_go_and_come_back_as_they_were(tmp_path: Path) -> 
     content = random.Random(0).randbytes(64 * mmap.PAGESIZE)
     for name in ("given back", "kept"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "weights.data").write_bytes(content)
+        with (tmp_path / name / "weights.data").open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # pages that are on their way to the disk stay until they are there
     paths = [tmp_path / name / "weights.data" for name in ("given back", "kept")]
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("rb")) for path in paths]
