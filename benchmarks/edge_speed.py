@@ -55,7 +55,7 @@ def measure(
     for model, side in MODELS.items():
         source, bundle = _source(scratch, model), scratch / f"{model}-bundle"
         if not bundle.exists():
-            _run([sys.executable, "-m", "toolchain.cli", "export", source, "-o", str(bundle)], environment)
+            _run([sys.executable, "-m", "toolchain", "export", source, "-o", str(bundle)], environment)
         found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
         for turn in range(ROUNDS):
             for way in WAYS:

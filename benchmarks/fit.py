@@ -180,7 +180,7 @@ def _run(what: str, size: ModelSize, side: int, measured: int) -> dict[str, Any]
 
 
 def _hptool(command: str) -> list[str]:
-    return [sys.executable, "-m", "toolchain.cli", command]
+    return [sys.executable, "-m", "toolchain", command]
 
 
 def _succeeded(watched: Watched) -> Watched:

@@ -278,7 +278,7 @@ def _export(place: Place, target: str, output: Path) -> Watched:
 
 
 def _hptool(command: str) -> list[str]:
-    return [sys.executable, "-m", "toolchain.cli", command]
+    return [sys.executable, "-m", "toolchain", command]
 
 
 def _step(command: str, *arguments: str, environment: dict[str, str] | None = None) -> Watched:

@@ -45,7 +45,7 @@ def measure(
     port: Annotated[int, typer.Option(help="Of this machine.")] = 8765,
 ) -> None:
     """Start a server and ask much of it."""
-    command = [sys.executable, "-m", "toolchain.cli", "serve", str(bundle), "--port", str(port)]
+    command = [sys.executable, "-m", "toolchain", "serve", str(bundle), "--port", str(port)]
     process = subprocess.Popen([*command, "--queue", str(QUEUE)], stderr=subprocess.DEVNULL)
     try:
         found = asyncio.run(_ask(f"http://127.0.0.1:{port}", process.pid, pictures, steps))

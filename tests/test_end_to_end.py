@@ -24,7 +24,7 @@ PROMPTS = ["a red circle left of a blue square", "three yellow triangles", "a bl
 
 
 def hptool(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "toolchain.cli", *arguments]
+    command = [sys.executable, "-m", "toolchain", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=600)
 
 

@@ -504,7 +504,7 @@ def test_stopping_gives_up_what_is_not_done_in_time(make_server: MakeServer) -> 
 @contextmanager
 def hptool_serve(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`hptool serve` in a process of its own, once it is ready."""
-    command = [sys.executable, "-m", "toolchain.cli", "serve", str(bundle), "--port", "0", *options]
+    command = [sys.executable, "-m", "toolchain", "serve", str(bundle), "--port", "0", *options]
     environment = os.environ | {"COLUMNS": "1000", "HPTOOL_CACHE": str(bundle.parent / "cache")}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
@@ -572,7 +572,7 @@ def test_killed_server_starts_again_and_paints_the_same(make_bundle: MakeBundle)
 
 
 def refused(bundle: Path, *options: str) -> str:
-    command = [sys.executable, "-m", "toolchain.cli", "serve", str(bundle), *options]
+    command = [sys.executable, "-m", "toolchain", "serve", str(bundle), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2, done
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -171,7 +171,7 @@ def test_others_check_it_with_the_librarys_own_command(signed: Path, keys: Path)
 
 def hptool(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "toolchain.cli", *arguments],
+        [sys.executable, "-m", "toolchain", *arguments],
         env=os.environ | environment,
         capture_output=True,
         text=True,

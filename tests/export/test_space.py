@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-EXPORT = [sys.executable, "-m", "toolchain.cli", "export"]
+EXPORT = [sys.executable, "-m", "toolchain", "export"]
 
 
 def export(

@@ -150,7 +150,7 @@ def test_a_missing_package_of_no_extra_is_no_error_of_the_user(monkeypatch: pyte
     def absent() -> None:
         raise ModuleNotFoundError("No module named 'strange'", name="strange")
 
-    monkeypatch.setattr(cli, "app", absent)
+    monkeypatch.setattr(cli.shell, "app", absent)
     with pytest.raises(ModuleNotFoundError):
         cli.main()
 

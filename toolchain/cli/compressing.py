@@ -1,0 +1,413 @@
+"""From a model to a student: analyse, plan, compress, evaluate."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.filesize import decimal
+from rich.table import Table
+
+from profiles.schema import load_profile
+from toolchain.cli.shell import (
+    Json,
+    NumPrompts,
+    Prompts,
+    Remove,
+    Seed,
+    Source,
+    WeightsIn,
+    app,
+    bars,
+    console,
+    emit,
+    name_of,
+    print_,
+    remember,
+)
+from toolchain.errors import ToolchainError
+from toolchain.geometry import Semantics
+from toolchain.plan import SENSITIVITY_FILE, RuleName, StrengthMode
+from toolchain.rules import Budget, Grain, Options, PositionWeight, parse_units
+
+if TYPE_CHECKING:
+    from toolchain.compress import Decision, Outcome
+    from toolchain.evaluate import ShapesScore
+    from toolchain.families import Model
+    from toolchain.plan import Sensitivity
+
+Analysis = Annotated[
+    Path | None,
+    typer.Option(help=f"A {SENSITIVITY_FILE} of `analyze`, to be used in place of a new analysis."),
+]
+Ratio = Annotated[
+    float | None,
+    typer.Option(help="Share of the transformer's parameters to remove; 0.25 unless a limit is given."),
+]
+MaxBytes = Annotated[
+    int | None, typer.Option(help="In place of --ratio: most bytes of the transformer's weights.")
+]
+Bits = Annotated[float, typer.Option(help="Bits of a weight, for --max-bytes.")]
+MaxFlops = Annotated[
+    float | None, typer.Option(help="In place of --ratio: share of the transformer's FLOPs that may stay.")
+]
+Rule = Annotated[RuleName, typer.Option(help="How to choose what goes.")]
+Strengths = Annotated[StrengthMode, typer.Option(help="How strongly the parts that stay are trained.")]
+Removal = Annotated[
+    Semantics,
+    typer.Option("--semantics", help="What a removed part leaves: nothing, or its input passed on."),
+]
+Weight = Annotated[
+    PositionWeight | None, typer.Option(help="How position weighs in; default: the rule's own.")
+]
+ProtectFirst = Annotated[
+    int | None, typer.Option(help="Blocks at the start of which nothing goes; default: the rule's own.")
+]
+ProtectLast = Annotated[int | None, typer.Option(help="The same at the end.")]
+OfGrain = Annotated[Grain, typer.Option(help="What the rule hpp-iterative removes.")]
+
+
+@app.command()
+def analyze(
+    model: Source = "shapes",
+    metric: Annotated[
+        str, typer.Option(help="What judges the harm, options behind a colon: clip:directory=DIR.")
+    ] = "velocity",
+    prompts: Prompts = None,
+    num_prompts: NumPrompts = 16,
+    num_seeds: Annotated[int, typer.Option(help="Noises for each prompt.", min=1)] = 2,
+    semantics: Removal = "zero",
+    components: Annotated[bool, typer.Option(help="Also the components of the blocks.")] = True,
+    pairs: Annotated[bool, typer.Option(help="Also pairs of neighbours.")] = False,
+    precision: WeightsIn = "float32",
+    seed: Seed = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory; of an earlier run, to go on with it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how much every block and component matters."""
+    from toolchain.analysis import analyze as measure
+    from toolchain.analysis import num_units
+    from toolchain.artifacts import write_json
+    from toolchain.compress import analysis_prompts
+    from toolchain.families import open_model
+    from toolchain.metrics import open_metric
+    from toolchain.plan import to_json
+    from toolchain.plots import draw_sensitivity
+
+    judge = open_metric(metric)
+    opened = open_model(model, precision=precision)
+    texts = analysis_prompts(opened, prompts, num_prompts, seed=seed)
+    seeds = range(seed, seed + num_seeds)
+    directory = output or Path(f"{name_of(model)}-analysis")
+    total = num_units(opened, judge, texts, seeds=seeds, components=components, pairs=pairs)
+    with bars() as bar:
+        found = measure(
+            opened,
+            judge,
+            texts,
+            seeds=seeds,
+            semantics=semantics,
+            components=components,
+            pairs=pairs,
+            work=directory / "pieces",
+            on_step=bar("removing each part in turn", total),
+        )
+    write_json(directory / SENSITIVITY_FILE, to_json(found))
+    picture = directory / "sensitivity.png"
+    draw_sensitivity(found, picture)
+    emit(to_json(found), as_json, lambda: _show_sensitivity(found, directory))
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="A model as for `analyze`; or a plan.json, to look at it.")
+    ] = "shapes",
+    ratio: Ratio = None,
+    max_bytes: MaxBytes = None,
+    bits: Bits = 16,
+    max_flops: MaxFlops = None,
+    rule: Rule = "hpp-iterative",
+    remove: Remove = None,
+    strengths: Strengths = "none",
+    semantics: Removal = "zero",
+    position_weight: Weight = None,
+    protect_first: ProtectFirst = None,
+    protect_last: ProtectLast = None,
+    grain: OfGrain = "components",
+    analysis: Analysis = None,
+    prompts: Prompts = None,
+    num_prompts: NumPrompts = 16,
+    precision: WeightsIn = "float32",
+    seed: Seed = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file to write the plan to.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Decide what goes, what stays frozen and what is trained, and show it as a picture of the model."""
+    from toolchain.artifacts import read_json, write_json
+    from toolchain.picture import draw_plan, render_plan
+    from toolchain.plan import plan_from_json, to_json
+
+    if model.endswith(".json"):
+        made = plan_from_json(read_json(Path(model)))
+    else:
+        from toolchain.compress import analysis_prompts, decide
+        from toolchain.families import open_model
+
+        opened = open_model(model, precision=precision)
+        decision = _decision(
+            opened,
+            Options(
+                position_weight=position_weight,
+                protect_first=protect_first,
+                protect_last=protect_last,
+                grain=grain,
+                seed=seed,
+            ),
+            (ratio, max_bytes, bits, max_flops),
+            (rule, remove, strengths, semantics, num_prompts, seed),
+        )
+        with bars() as bar:
+            texts = analysis_prompts(opened, prompts, decision.prompts, seed=seed)
+            _, made = decide(opened, decision, texts, analysis=analysis, bar=bar)
+        path = output or Path(f"{name_of(model)}-plan.json")
+        write_json(path, to_json(made))
+        draw_plan(made, path.with_suffix(".png"))
+
+    def show() -> None:
+        print_(render_plan(made))
+        if not model.endswith(".json"):
+            print_(f"Written to {path}.  Next:  hptool compress {model} --plan {path}")
+
+    emit(to_json(made), as_json, show)
+
+
+@app.command()
+def compress(
+    model: Source = "shapes",
+    ratio: Ratio = None,
+    max_bytes: MaxBytes = None,
+    bits: Bits = 16,
+    max_flops: MaxFlops = None,
+    rule: Rule = "hpp-iterative",
+    remove: Remove = None,
+    strengths: Strengths = "none",
+    semantics: Removal = "zero",
+    position_weight: Weight = None,
+    protect_first: ProtectFirst = None,
+    protect_last: ProtectLast = None,
+    grain: OfGrain = "components",
+    analysis: Analysis = None,
+    num_prompts: NumPrompts = 16,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", "-t", help="In place of --ratio: as little as lets it fit on that device."),
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan of `hptool plan`, in place of all that decides one.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of distillation.", min=0)] = 500,
+    learning_rate: Annotated[float, typer.Option(help="Of distillation, at its peak.")] = 7e-4,
+    batch_size: Annotated[int, typer.Option(help="States at once.", min=1)] = 64,
+    features: Annotated[
+        float, typer.Option(help="Weight of the blocks' outputs in the loss; the velocity's is 1.", min=0)
+    ] = 0.0,
+    checkpointing: Annotated[
+        bool, typer.Option(help="Train in less memory, at a third more time for the student's part.")
+    ] = False,
+    cache_prefix: Annotated[
+        bool,
+        typer.Option(help="Keep the outputs of the frozen beginning on disk; for --strengths pwp and such."),
+    ] = False,
+    turn: Annotated[
+        int | None,
+        typer.Option(help="Let teacher and student take turns in memory, each of so many steps.", min=1),
+    ] = None,
+    precision: WeightsIn = "float32",
+    seed: Seed = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory to write the student to.")
+    ] = None,
+    prompts: Prompts = None,
+    per_task: Annotated[
+        int, typer.Option(help="Held-out captions per ShapesEval task; 0 skips the scores.", min=0)
+    ] = 40,
+    as_json: Json = False,
+) -> None:
+    """Remove what a model needs least, and teach the rest to do without it."""
+    from toolchain.artifacts import check_new_directory, read_json
+    from toolchain.compress import Recipe, compress_model
+    from toolchain.families import open_model
+    from toolchain.losses import LossWeights
+    from toolchain.plan import plan_from_json
+
+    student = output or Path(f"{name_of(model)}-student")
+    check_new_directory(student)
+    if target is not None:
+        if any(item is not None for item in (ratio, max_bytes, max_flops, remove, plan)):
+            raise ToolchainError("--target chooses the ratio, so it takes no other limit and no plan")
+        ratio = _ratio_for(model, target)
+    opened = open_model(model, precision=precision)
+    decision = _decision(
+        opened,
+        Options(
+            position_weight=position_weight,
+            protect_first=protect_first,
+            protect_last=protect_last,
+            grain=grain,
+            seed=seed,
+        ),
+        (ratio, max_bytes, bits, max_flops),
+        (rule, remove, strengths, semantics, num_prompts, seed),
+    )
+    recipe = Recipe(
+        decision=decision,
+        steps=steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        losses=LossWeights(features=features),
+        checkpointing=checkpointing,
+        cache_prefix=cache_prefix,
+        turn=turn,
+        seed=seed,
+        captions_per_task=per_task,
+    )
+    given = None if plan is None else plan_from_json(read_json(plan))
+    with bars() as bar:
+        outcome = compress_model(
+            opened, recipe, student, prompts=prompts, analysis=analysis, plan=given, bar=bar
+        )
+    remember(student=student)
+    emit(asdict(outcome), as_json, lambda: _show_outcome(outcome, student))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A bundle directory, or a model as for `compress`.")],
+    per_task: Annotated[int, typer.Option(help="Held-out captions per task.", min=1)] = 100,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Score a bundle or a model of the `shapes` world with ShapesEval."""
+    from deploy.bundle import MANIFEST
+    from toolchain.evaluate import Painter, evaluate_shapes, num_batches
+
+    painter: Painter
+    if (Path(model) / MANIFEST).exists():
+        from deploy.pipeline import EdgePipeline
+
+        painter = EdgePipeline.open(model)
+    else:
+        from toolchain.families import open_model
+
+        opened = open_model(model)
+        if opened.world is None:
+            raise ToolchainError(f"{model} is not a model of the shapes world, which ShapesEval is about")
+        painter = opened
+    with bars() as bar:
+        advance = bar("ShapesEval", num_batches(per_task))
+        score = evaluate_shapes(painter, num_per_task=per_task, seed=seed, on_batch=advance)
+    emit(asdict(score), as_json, lambda: _show_score(model, score))
+
+
+def _decision(
+    model: Model,
+    options: Options,
+    limits: tuple[float | None, int | None, float, float | None],
+    rest: tuple[RuleName, str | None, StrengthMode, Semantics, int, int],
+) -> Decision:
+    from toolchain.compress import Decision
+
+    (ratio, max_bytes, bits, max_flops), (rule, remove, strengths, semantics, prompts, seed) = limits, rest
+    budget = None
+    if remove is not None:
+        if any(limit is not None for limit in (ratio, max_bytes, max_flops)):
+            raise ToolchainError(
+                "--remove says what goes, so it takes no --ratio, --max-bytes or --max-flops"
+            )
+        options = replace(options, units=parse_units(remove, model.geometry))
+        rule = "manual"
+    else:
+        ratio = 0.25 if (ratio, max_bytes, max_flops) == (None, None, None) else ratio
+        budget = Budget(ratio=ratio, max_bytes=max_bytes, bits=bits, max_flops=max_flops)
+    return Decision(
+        budget=budget,
+        rule=rule,
+        options=options,
+        semantics=semantics,
+        strengths=strengths,
+        prompts=prompts,
+        seed=seed,
+    )
+
+
+def _ratio_for(model: str, target: str) -> float:
+    """The smallest share of the transformer whose removal lets a model fit on a device."""
+    from export.fit import ModelSize, fit_target
+    from toolchain.families import open_model
+
+    profile = load_profile(target)
+    with bars() as bar:
+        found = fit_target(
+            ModelSize(open_model(model, precision="config"), bar=bar), profile, profile.weight_bits
+        )
+    ratio = found.least_ratio.get(found.bits)
+    if ratio is None:
+        raise ToolchainError(
+            f"{model} does not fit on {profile.name} even without half of its transformer: as it is, it is "
+            f"too large by {decimal(found.missing)}. `hptool fit {model}` shows where the memory goes."
+        )
+    if ratio == 0:
+        raise ToolchainError(
+            f"{model} fits on {profile.name} as it is, in {found.bits} bits: export it, or name a --ratio to "
+            "make it smaller and faster."
+        )
+    console.print(
+        f"{profile.name} holds {model} without {ratio:.0%} of its transformer, in {found.bits} bits"
+    )
+    return ratio
+
+
+def _show_sensitivity(found: Sensitivity, directory: Path) -> None:
+    ranked = sorted((item for item in found.harms if len(item.removed) == 1), key=lambda item: item.harm)
+    table = Table("least harm", "", "most harm", "", title=f"{found.model}: {found.metric} without one part")
+    for least, most in list(zip(ranked, reversed(ranked), strict=True))[:10]:
+        cells = (
+            (str(item.removed[0]), f"{item.harm:.4g} ± {item.standard_error:.2g}") for item in (least, most)
+        )
+        table.add_row(*(cell for pair in cells for cell in pair))
+    print_(table)
+    print_(f"Written to {directory / SENSITIVITY_FILE}, drawn in {directory / 'sensitivity.png'}.")
+
+
+def _show_outcome(outcome: Outcome, student: Path) -> None:
+    table = Table(
+        title=f"{outcome.model} without {outcome.removed}: {outcome.ratio_reached:.1%} of the parameters, "
+        f"{outcome.flops_ratio_reached:.1%} of the FLOPs"
+    )
+    for heading in ("", "parameters", "transformer bytes", "velocity error", "ShapesEval"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for stage in outcome.stages:
+        table.add_row(
+            stage.name,
+            f"{stage.num_parameters:,}",
+            f"{stage.transformer_bytes:,}",
+            f"{stage.velocity_error:.4f}",
+            "-" if stage.score is None else f"{stage.score.mean:.3f} ± {stage.score.standard_error:.3f}",
+        )
+    print_(table)
+    print_(f"Student written to {student}.  Next:  hptool export --target cpu-x86")
+
+
+def _show_score(model: str, score: ShapesScore) -> None:
+    table = Table("task", "score", title=f"ShapesEval of {model}, {score.num_per_task} captions a task")
+    for task, value in score.tasks.items():
+        table.add_row(task, f"{value:.3f}")
+    table.add_row("mean", f"{score.mean:.3f} ± {score.standard_error:.3f}", style="bold")
+    print_(table)
