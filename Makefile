@@ -15,7 +15,7 @@ VENV ?= .venv
 EDGE_VENV ?= .venv-edge
 PIP_INSTALL = python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-edge lint format clean
+.PHONY: help demo test test-edge lint format docs bench bench-full clean
 
 help: ## List the targets.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -44,6 +44,15 @@ format: $(VENV)/.installed ## Format, and mend what can be mended.
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
+docs: $(VENV)/.installed ## Build the documentation as a site in build/site; a broken link fails.
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+bench: $(VENV)/.installed ## Measure what half an hour allows, and write the tables in docs/ anew; goes on where it stopped.
+	$(VENV)/bin/python -m benchmarks quick
+
+bench-full: $(VENV)/.installed ## The same with all there is, which takes most of a day and 80 GB of disk.
+	$(VENV)/bin/python -m benchmarks full
+
 clean: ## Remove the environments, the caches and what the demo wrote.
 	rm -rf $(VENV) $(EDGE_VENV) build demo dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -59,8 +68,8 @@ $(VENV)/.installed: pyproject.toml
 	$(call new_venv,$(VENV))
 	@echo "Installing $(TORCH)"
 	@$(VENV)/bin/$(PIP_INSTALL) '$(TORCH)'
-	@echo "Installing hptool[all,dev]"
-	@$(VENV)/bin/$(PIP_INSTALL) --editable '.[all,dev]'
+	@echo "Installing hptool[all,dev,docs]"
+	@$(VENV)/bin/$(PIP_INSTALL) --editable '.[all,dev,docs]'
 	@touch $@
 
 $(EDGE_VENV)/.installed: pyproject.toml

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -70,6 +71,21 @@ def main() -> None:
     table.add_row("ratio", f"{result['ratio']:.3f}")
     table.add_row("ratio by FLOPs", f"{result['ratio_by_flops']:.3f}")
     Console().print(table)
+
+
+def section(results: dict[str, Any]) -> list[str]:
+    """What docs/benchmarks.md says of it."""
+    seconds = results["seconds"]
+    return [
+        f"Removing each of the {results['removals']} parts of `{results['model']}` on {results['states']}",
+        f"states, medians of {len(results['repeats']['shared'])}:",
+        "",
+        "| | seconds | ratio |",
+        "| --- | --- | --- |",
+        f"| the whole model anew for each | {seconds['anew']:.1f} | 1 |",
+        f"| with the shared beginning | {seconds['shared']:.1f} | {results['ratio']:.2f} |",
+        f"| the same by FLOPs | | {results['ratio_by_flops']:.2f} |",
+    ]
 
 
 def _by_flops(geometry: Geometry) -> float:

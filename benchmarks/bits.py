@@ -90,6 +90,33 @@ def main(
     print("rank correlation with the error of rounding one component at a time:", proxies)
 
 
+def section(results: dict[str, Any]) -> list[str]:
+    """What docs/benchmarks.md says of it."""
+    ranks = results["rank_correlation_with_rounding_one_by_one"]
+    lines = [
+        "Velocity error x 1000 of rounding alone, against the same model before it was rounded, on held-out",
+        "states; mean over seeds. MB are those of the blocks' linears, scales included. The pruned model lacks",
+        f"{results['removed'].replace(',', ', ')} and is not trained.",
+    ]
+    for subject, rows in results["rows"].items():
+        lines += [
+            "",
+            f"### {subject}",
+            "",
+            "| rounding | MB | velocity error x 1000 | by seed |",
+            "| --- | --- | --- | --- |",
+        ]
+        for row in rows:
+            errors = [1000 * error for error in row["velocity_errors"]]
+            each = ", ".join(f"{error:.2f}" for error in errors)
+            lines.append(
+                f"| {row['name']} | {row['bytes'] / 1e6:.2f} | {statistics.mean(errors):.2f} | {each} |"
+            )
+    lines += ["", "Rank correlation with the error of rounding one component at a time:", ""]
+    lines += [f"- {name}: {value:.2f}" for name, value in ranks.items()]
+    return lines
+
+
 def pruned(teacher: Model) -> Model:
     """The model without `REMOVED`, untrained."""
     removed = tuple(map(Unit.parse, REMOVED.split(",")))

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -343,6 +344,34 @@ def _arithmetic() -> list[dict[str, object]]:
                     | {"total": memory.total}
                 )
     return rows
+
+
+def section(results: dict[str, Any]) -> list[str]:
+    """What docs/benchmarks.md says of it."""
+    model, seconds, peaks = results["model"], results["seconds_per_step"], results["peak_bytes"]
+    lines = [
+        f"{model['blocks']} blocks of width {model['width']}, {', '.join(map(str, model['removed']))} removed,",
+        f"batch {model['batch']}, against two whole models of which the same tail learns:",
+        "",
+        "| | time per step | peak memory |",
+        "| --- | --- | --- |",
+    ]
+    for way in dict.fromkeys((*seconds, *peaks)):
+        ratios = (f"{of[way] / of['whole']:.2f}" if way in of else "not measured" for of in (seconds, peaks))
+        lines.append(f"| {way} | {' | '.join(ratios)} |")
+    lines += [
+        "",
+        "By arithmetic, GiB at 1024 x 1024, batch 1, checkpointing, 16-bit teacher, float32 moments:",
+        "",
+        "| | " + " | ".join(dict.fromkeys(row["model"] for row in results["arithmetic"])) + " |",
+        "| --- | --- | --- |",
+    ]
+    totals: dict[str, list[str]] = {}
+    for row in results["arithmetic"]:
+        if row["moment_bits"] == 32:
+            way = row["mode"] if row["features"] else f"{row['mode']}, no features"
+            totals.setdefault(way, []).append(f"{row['total'] / GIB:.1f}")
+    return [*lines, *(f"| {way} | {' | '.join(sizes)} |" for way, sizes in totals.items())]
 
 
 def _print(results: dict[str, object]) -> None:

@@ -1,0 +1,136 @@
+"""Measure everything, and write every table in docs/ from what was measured.
+
+    python -m benchmarks quick      # what half an hour on two cores allows: `make bench`
+    python -m benchmarks full       # all of it, most of a day and 80 GB of disk: `make bench-full`
+    python -m benchmarks tables     # the pages alone, from results/*.json
+
+What has been measured with the code as it is is not measured again, so a run that was stopped goes on when
+the same command is given; `--again` measures all anew. Leave the machine alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.machine import machine
+from benchmarks.registry import BENCHMARKS, RESULTS, Benchmark
+from toolchain.artifacts import read_json, write_json
+
+app = typer.Typer(add_completion=False, help=__doc__)
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+STATE = ROOT / "build" / "bench.json"
+"""What has been measured with which code; not kept beyond this machine."""
+
+Again = Annotated[bool, typer.Option("--again", help="Measure also what has been measured already.")]
+
+
+@app.command()
+def quick(again: Again = False) -> None:
+    """Measure what half an hour allows."""
+    _measure([item for item in BENCHMARKS if item.quick], again=again)
+
+
+@app.command()
+def full(again: Again = False) -> None:
+    """Measure everything."""
+    _measure(list(BENCHMARKS), again=again)
+
+
+@app.command()
+def tables() -> None:
+    """Write every page from the results there are."""
+    for item in BENCHMARKS:
+        if item.table is not None and item.results.exists():
+            _call(item, item.table)
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """The text of docs/benchmarks.md."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "Made by `python -m benchmarks tables` of what the commands below measured; nothing is typed by hand.",
+        "`make bench` measures what half an hour on two cores allows, `make bench-full` everything, and either",
+        "goes on where it was stopped.",
+        "",
+        "| question | command | answer | part of `make bench` |",
+        "| --- | --- | --- | --- |",
+    ]
+    for item in BENCHMARKS:
+        commands = ", ".join(
+            f"`python -m benchmarks.{item.name} {each}`".replace(" `", "`") for each in item.measure
+        )
+        answer = f"[{item.page}]({item.page})" if item.page else f"[below](#{item.name.replace('_', '-')})"
+        known = answer if item.results.exists() else "not measured yet"
+        lines.append(f"| {item.question} | {commands} | {known} | {'yes' if item.quick else 'no'} |")
+    for item in BENCHMARKS:
+        if item.section is not None and item.results.exists():
+            results = read_json(item.results)
+            on = results["machine"]
+            threads = f", {on['threads']} threads" if "threads" in on else ""
+            lines += ["", f"## {item.name.replace('_', '-')}", "", item.question, ""]
+            lines += [f"{on['processor']}, {on['cores']} cores{threads}, torch {on['torch']}.", ""]
+            lines += item.section(results)
+    return "\n".join(lines) + "\n"
+
+
+def _measure(chosen: list[Benchmark], *, again: bool) -> None:
+    code = _digest_of_code()
+    state: dict[str, Any] = read_json(STATE) if STATE.exists() else {}
+    STATE.parent.mkdir(exist_ok=True)
+    for item in chosen:
+        known = state.get(item.name, {})
+        if known.get("code") == code and known.get("finished") and not again:
+            print(f"{item.name}: measured already, in {known['seconds']:.0f} s", flush=True)
+            continue
+        if known.get("code") != code or known.get("finished"):  # anew, and not on from where it was stopped
+            for path in (RESULTS / name for name in item.resumes_in):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            state[item.name] = {"code": code, "finished": False, "seconds": 0.0}
+            write_json(STATE, state)
+        started = time.perf_counter()
+        try:
+            for command in item.measure:
+                _call(item, command)
+            state[item.name]["finished"] = True
+        finally:
+            state[item.name]["seconds"] += time.perf_counter() - started
+            write_json(STATE, state)
+    tables()
+    _show(chosen, state)
+
+
+def _show(chosen: list[Benchmark], state: dict[str, Any]) -> None:
+    on = machine()
+    print(f"\n{on['processor']}, {on['cores']} cores")
+    for item in chosen:
+        print(f"{item.name:16} {state[item.name]['seconds']:8.0f} s   docs/{item.page or PAGE.name}")
+
+
+def _call(item: Benchmark, command: str) -> None:
+    words = [sys.executable, "-m", f"benchmarks.{item.name}", *command.split()]
+    print("+", " ".join(words[1:]), flush=True)
+    subprocess.run(words, cwd=ROOT, check=True)
+
+
+def _digest_of_code() -> str:
+    total = hashlib.sha256()
+    for package in ("toolchain", "export", "deploy", "profiles", "benchmarks"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+if __name__ == "__main__":
+    app()
