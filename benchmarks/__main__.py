@@ -60,9 +60,9 @@ def page() -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Made by `python -m benchmarks tables` of what the commands below measured; nothing is typed by hand.",
-        "`make bench` measures what half an hour on two cores allows, `make bench-full` everything, and either",
-        "goes on where it was stopped.",
+        "Made by `python -m benchmarks tables` of what the commands below measured; nothing is typed",
+        "by hand. `make bench` measures what half an hour on two cores allows, `make bench-full` everything,",
+        "and either goes on where it was stopped.",
         "",
         "| question | command | answer | part of `make bench` |",
         "| --- | --- | --- | --- |",

@@ -95,8 +95,8 @@ def section(results: dict[str, Any]) -> list[str]:
     ranks = results["rank_correlation_with_rounding_one_by_one"]
     lines = [
         "Velocity error x 1000 of rounding alone, against the same model before it was rounded, on held-out",
-        "states; mean over seeds. MB are those of the blocks' linears, scales included. The pruned model lacks",
-        f"{results['removed'].replace(',', ', ')} and is not trained.",
+        "states; mean over seeds. MB are those of the blocks' linears, scales included. The pruned model",
+        f"lacks {results['removed'].replace(',', ', ')} and is not trained.",
     ]
     for subject, rows in results["rows"].items():
         lines += [

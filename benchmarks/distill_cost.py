@@ -350,7 +350,7 @@ def section(results: dict[str, Any]) -> list[str]:
     """What docs/benchmarks.md says of it."""
     model, seconds, peaks = results["model"], results["seconds_per_step"], results["peak_bytes"]
     lines = [
-        f"{model['blocks']} blocks of width {model['width']}, {', '.join(map(str, model['removed']))} removed,",
+        f"{model['blocks']} blocks of {model['width']} without {', '.join(map(str, model['removed']))},",
         f"batch {model['batch']}, against two whole models of which the same tail learns:",
         "",
         "| | time per step | peak memory |",

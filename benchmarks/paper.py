@@ -109,7 +109,7 @@ def page(results: dict[str, Any], cells: list[dict[str, Any]]) -> str:
         "by `python -m benchmarks.paper compute` from the published configurations, exact to the byte for",
         "weights; *quoted* from HierarchicalPrune (AAAI 2026). The paper's memory is the peak of one forward",
         "pass of the transformer alone, in GiB, batch 1, 1024 × 1024, bfloat16 or NF4; ours is weights and",
-        f"activations of the same pass, in 16 bits or INT4 with groups of {results['group_size']}. The paper's",
+        f"activations of that pass, in 16 bits or INT4 with groups of {results['group_size']}. The paper's",
         "latencies are of an A6000; there was no GPU to measure ours.",
         "",
     ]
@@ -138,13 +138,13 @@ def page(results: dict[str, Any], cells: list[dict[str, Any]]) -> str:
             )
         lines.append("")
     lines += [
-        "The whole pipeline is the weights of all parts in a bundle: T5 is rounded as the transformer is, the",
-        "other text encoders and the decoder keep 16 bits. INT4 alone, which the paper does not list, is most",
-        "of the memory; removing blocks is what can save time.",
+        "The whole pipeline is the weights of all parts in a bundle: T5 is rounded as the transformer is,",
+        "the other text encoders and the decoder keep 16 bits. INT4 alone, which the paper does not list, is",
+        "most of the memory; removing blocks is what can save time.",
         "",
         "## Quality, on `shapes`",
         "",
-        "Measured by `python -m benchmarks.quality run` ([all of it](quality.md)): ShapesEval, mean ± standard",
+        "Measured by `python -m benchmarks.quality run` ([all](quality.md)): ShapesEval, mean ± standard",
         "deviation over seeds. GenEval and HPSv2 need published weights, which were not at hand.",
         "",
     ]

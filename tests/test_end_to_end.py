@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,12 +32,23 @@ def hptool(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty directory in which a user has typed the two commands."""
+    """A directory in which a user has typed what docs/getting-started.md says, from top to bottom."""
     directory = tmp_path_factory.mktemp("home")
-    compressed = hptool("compress", "--steps", "20", "--per-task", "0", cwd=directory)
-    assert compressed.returncode == 0, compressed.stderr
-    exported = hptool("export", "--target", "rtx4090", cwd=directory)
-    assert exported.returncode == 0, exported.stderr
+    page = (Path(__file__).parents[1] / "docs" / "getting-started.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert {kind for kind, _ in blocks} == {"sh", "python"}
+    for kind, text in blocks:
+        if kind == "python":
+            lines = [[sys.executable, "-c", text]]
+        else:
+            lines = [
+                [sys.executable, "-m", "toolchain", *shlex.split(line)[1:]] for line in text.splitlines()
+            ]
+        for command in lines:
+            done = subprocess.run(
+                command, cwd=directory, capture_output=True, text=True, check=False, timeout=900
+            )
+            assert done.returncode == 0, (command, done.stderr)
     return directory
 
 
