@@ -92,6 +92,10 @@ class TargetFit:
     """Bytes that it is too large by; 0 if it fits."""
     least_ratio: dict[int, float | None]
     """By bits, the smallest further ratio with which it fits; None where even half of it does not."""
+    floor: int
+    """Bytes that are needed in turn in 4 bits and without half of the transformer: the least there is."""
+    floor_part: str
+    """The part that these are for."""
     least_step_seconds: float
     """A step cannot be faster, by the device's peak rates; no forecast."""
 
@@ -230,6 +234,7 @@ def fit_target(size: ModelSize, target: Profile, bits: Bits, ratio: float = 0.0)
     for each in ALL_BITS:
         ratios = (step / 100 for step in range(round(100 * _LARGEST_RATIO) + 1))
         least[each] = next((item for item in ratios if need(each, item).in_turn <= available), None)
+    smallest = need(4, _LARGEST_RATIO)
     verdict: Verdict = "does not fit"
     if found.together <= available:
         verdict = "fits"
@@ -252,6 +257,8 @@ def fit_target(size: ModelSize, target: Profile, bits: Bits, ratio: float = 0.0)
         verdict=verdict,
         missing=max(0, found.in_turn - available),
         least_ratio=least,
+        floor=smallest.in_turn,
+        floor_part=smallest.largest,
         least_step_seconds=(1 - ratio)
         * least_seconds(
             work_of(graph),
@@ -267,6 +274,8 @@ def fit_target(size: ModelSize, target: Profile, bits: Bits, ratio: float = 0.0)
 class _Need:
     together: int
     in_turn: int
+    largest: str
+    """The part that takes the most in its turn."""
     host: int
     disk: int
 
@@ -281,28 +290,29 @@ def _need(
 ) -> _Need:
     """What a device has to hold; `working` has the activations of all parts but the transformer."""
     loaded = {name: parts[name].loaded[bits] for name in working}
-    in_turn = max(loaded[name] + working[name] for name in working)
-    together = sum(loaded.values())
+    turns = {name: loaded[name] + working[name] for name in working}
     stored = {name: part.stored[bits] for name, part in parts.items()}
     kept = round((1 - ratio) * stored["transformer"])
     bundle = sum(stored.values()) - stored["transformer"] + kept
-    if not target.uses_gpu:
-        transformer = round((1 - ratio) * parts["transformer"].loaded[bits])
-        return _Need(
-            together=_PROCESS_BYTES + together + transformer + max(activations, *working.values()),
-            in_turn=_PROCESS_BYTES + max(in_turn, transformer + activations),
-            host=0,
-            disk=bundle + round(_PREPARED_DISK * kept),
-        )
     gpu = _GPU_CONTEXT_BYTES + kept + activations
-    if target.memory_shared:
-        return _Need(
-            together=_PROCESS_BYTES + gpu + together + max(working.values()),
-            in_turn=_PROCESS_BYTES + max(gpu, in_turn),
-            host=0,
-            disk=bundle + kept,
-        )
-    return _Need(together=gpu, in_turn=gpu, host=_PROCESS_BYTES + in_turn, disk=bundle + kept)
+    if target.uses_gpu and not target.memory_shared:
+        host = _PROCESS_BYTES + max(turns.values())
+        return _Need(together=gpu, in_turn=gpu, largest="transformer", host=host, disk=bundle + kept)
+    if target.uses_gpu:
+        together, prepared = gpu + sum(loaded.values()) + max(working.values()), kept
+        turns["transformer"] = gpu
+    else:
+        transformer = round((1 - ratio) * parts["transformer"].loaded[bits])
+        together = sum(loaded.values()) + transformer + max(activations, *working.values())
+        turns["transformer"], prepared = transformer + activations, round(_PREPARED_DISK * kept)
+    largest = max(turns, key=lambda name: turns[name])
+    return _Need(
+        together=_PROCESS_BYTES + together,
+        in_turn=_PROCESS_BYTES + turns[largest],
+        largest=largest,
+        host=0,
+        disk=bundle + prepared,
+    )
 
 
 def _parts(model: Model) -> list[str]:

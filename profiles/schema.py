@@ -111,6 +111,10 @@ class Profile:
                 f"compute_capability is {capability}, but {self.runtimes[0]} uses no GPU: leave it out, or "
                 "name a runtime that uses one"
             )
+        if not self.uses_gpu and self.memory_shared:
+            raise ProfileError(
+                f"memory_shared is said of a GPU's memory, but {self.runtimes[0]} uses no GPU: leave it out"
+            )
         if "tensorrt-rtx" in self.runtimes and capability not in RTX_COMPUTE_CAPABILITIES:
             raise ProfileError(
                 f"TensorRT-RTX builds no engines for compute capability {capability}, only for "

@@ -52,6 +52,20 @@ def test_the_smallest_ratio_fits_and_a_smaller_one_does_not(size: ModelSize, tar
         assert fit_target(size, with_memory(target, need.in_turn), 4, least - 0.01).missing > 0
 
 
+@pytest.mark.parametrize("target", ["cpu-x86", "rtx4090", "jetson-orin-nano-8gb"])
+def test_no_ratio_is_promised_where_not_even_half_of_it_fits(size: ModelSize, target: str) -> None:
+    floor = fit_target(size, load_profile(target), 4).floor
+    assert floor == fit_target(size, load_profile(target), 4, 0.5).in_turn
+    assert fit_target(size, with_memory(target, floor), 4).least_ratio[4] is not None
+    assert fit_target(size, with_memory(target, floor - 1), 4).least_ratio[4] is None
+
+
+def test_what_takes_the_most_in_its_turn_is_named(size: ModelSize) -> None:
+    large = dataclasses.replace(load_profile("cpu-x86"), buckets=((512, 512),))
+    assert fit_target(size, large, 4).floor_part == "vae"
+    assert fit_target(size, load_profile("rtx4090"), 4).floor_part == "transformer"
+
+
 def test_fewer_bits_and_fewer_parameters_take_less(size: ModelSize) -> None:
     gpu = load_profile("rtx4090")
     needs = [fit_target(size, gpu, bits).in_turn for bits in ALL_BITS]

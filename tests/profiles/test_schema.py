@@ -134,6 +134,15 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
             {"runtimes": ("onnxruntime-cpu",), "compute_capability": None},
             "would convert float16 activations",
         ),
+        (
+            {
+                "runtimes": ("onnxruntime-cpu",),
+                "compute_capability": None,
+                "activations": "float32",
+                "memory_shared": True,
+            },
+            "memory_shared is said of a GPU's memory, but onnxruntime-cpu uses no GPU",
+        ),
         ({"reserved_gib": 24.0}, "reserved_gib must be from zero to below memory_gib, which is 24, not 24"),
         ({"reserved_gib": -1.0}, "reserved_gib must be from zero"),
         ({"bandwidth_gb_s": 0.0}, "bandwidth_gb_s must be a number above zero, not 0"),

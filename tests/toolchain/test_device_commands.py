@@ -33,15 +33,16 @@ def own(tmp_path: Path) -> Path:
     return path
 
 
-def test_targets_are_listed_with_their_numbers(
+def test_targets_are_listed_a_line_each_at_80_columns(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")
     assert hptool(monkeypatch, "targets") == 0
-    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
-    assert rows.keys() >= set(available_profiles())
-    assert rows["rtx4090"][-5:] == ["24", "1008", "165.2", "tensorrt-rtx", "8.9"]
-    assert rows["cpu-x86"][-2:] == ["openvino", "-"]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    rows = {words[0]: words for words in lines[2:-2]}
+    assert list(rows) == available_profiles()
+    assert " ".join(rows["rtx4090"]) == "rtx4090 GeForce RTX 4090, 24 GB 24 8.9 tensorrt-rtx"
+    assert rows["cpu-x86"][-3:] == ["8", "-", "openvino"]
 
 
 def test_targets_are_printed_as_data_and_as_a_page(
@@ -138,7 +139,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_fit_says_by_how_much_and_what_would_have_to_go(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small: str, tmp_path: Path
 ) -> None:
     assert hptool(monkeypatch, "fit", "-t", small, "-t", "rtx4090", "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -147,11 +148,18 @@ def test_fit_says_by_how_much_and_what_would_have_to_go(
     assert first["least_ratio"]["16"] is None
     assert 0 < first["least_ratio"]["4"] < 0.5
     assert second["verdict"] == "fits"
-    monkeypatch.setenv("COLUMNS", "150")
-    assert hptool(monkeypatch, "fit", "-t", small) == 0
+    tiny = tmp_path / "tiny.toml"
+    tiny.write_text('name = "tiny"\ndescription = "Too small"\nextends = "rtx4090"\nmemory_gib = 1.1\n')
+    monkeypatch.setenv("COLUMNS", "80")
+    assert hptool(monkeypatch, "fit", "-t", small, "-t", str(tiny), "-t", "jetson-agx-orin-64gb") == 0
     out = capsys.readouterr().out
-    assert "too large by 1.0 MB" in out
-    assert f"{first['least_ratio']['4']:.0%}" in out
+    assert "…" not in out
+    verdict, ratios = (line.split() for line in out.splitlines() if line.startswith("small "))
+    assert verdict[-4:] == ["too", "large:", "1.0", "MB"]
+    assert ratios[1:4] == ["no", "no", f"{first['least_ratio']['4']:.0%}"]
+    assert "Step: an estimate" in out
+    assert "tiny cannot hold it: in 4 bits and without half of the transformer it still takes 50" in out
+    assert "small cannot hold it" not in out
 
 
 def test_compress_takes_its_ratio_from_a_target(

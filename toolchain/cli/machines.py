@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.filesize import decimal
+from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
     from deploy.doctor import Fault, Verdict
     from deploy.machine import Machine
     from export.fit import Fit
+
+_SHORT = {"fits": "fits", "fits, one part at a time": "fits in turn"}
+_WORDS = {"device", "CUDA", "best runtime", "export", "build the engine", "run a bundle with", "verdict"}
+"""Headings of what is no number."""
+_WAYS = {
+    "text_encoder_3": " (--without t5 leaves it out)",
+    "vae": " (less for smaller pictures: buckets of a profile of your own)",
+}
 
 targets_app = typer.Typer(no_args_is_help=False, rich_markup_mode=None)
 app.add_typer(targets_app, name="targets")
@@ -129,65 +138,80 @@ def _fit_bits(bits: int | None) -> Literal[4, 8, 16] | None:
 
 
 def _show_fit(found: Fit) -> None:
-    parts = Table(
-        "part",
-        *(Column(text, justify="right") for text in ("parameters", "16 bits", "8 bits", "4 bits")),
-        title=found.model,
-    )
+    parts = _table(found.model, "part", "parameters", "16 bits", "8 bits", "4 bits")
     for name, part in found.parts.items():
         parts.add_row(name, f"{part.parameters:,}", *(decimal(part.stored[bits]) for bits in (16, 8, 4)))
-    print_(parts)
-    headings = (
-        "memory",
-        "needed",
-        "in turn",
-        "of the host",
-        "16 bits",
-        "8 bits",
-        "4 bits",
-        "a step, at least",
+    asked = dict.fromkeys(f"{item.bits} bits, {item.height} x {item.width} pixels" for item in found.targets)
+    memory = _table("; ".join(asked), "target", "memory", "all parts", "in turn", "host", "verdict")
+    rest = _table(
+        "What has to go, and what else it takes",
+        *("target", "16 bits", "8 bits", "4 bits", "activations", "disk", "step ≥"),
     )
-    table = Table("target", *(Column(text, justify="right") for text in headings), "verdict")
     for item in found.targets:
-        least = [item.least_ratio[bits] for bits in (16, 8, 4)]
-        table.add_row(
+        memory.add_row(
             item.target,
             *map(decimal, (item.available, item.together, item.in_turn)),
-            decimal(item.host) if item.host else "",
-            *("no" if ratio is None else f"{ratio:.0%}" for ratio in least),
-            f"{item.least_step_seconds:.2g} s",
-            item.verdict if not item.missing else f"too large by {decimal(item.missing)}",
+            decimal(item.host) if item.host else "-",
+            _SHORT.get(item.verdict) or f"too large: {decimal(item.missing)}",
         )
-    print_(table)
+        ratios = [item.least_ratio[bits] for bits in (16, 8, 4)]
+        rest.add_row(
+            item.target,
+            *("no" if ratio is None else f"{ratio:.0%}" for ratio in ratios),
+            *map(decimal, (item.activations, item.disk)),
+            _duration(item.least_step_seconds),
+        )
+    print_(parts)
+    print_("")
+    print_(memory)
     print_(
-        "Needed: with all parts loaded, and with one at a time. Under 16, 8 and 4 bits: the share of the "
-        "transformer that has to go for it to fit. A step: what the device's peak rates allow, no forecast.\n"
-        f"Export: {decimal(found.export_memory)} of memory, {decimal(found.engine_memory)} to build an "
+        "Needed with all parts loaded, and with one at a time. Host: of the computer's, by\n"
+        "a GPU with memory of its own.\n"
+    )
+    print_(rest)
+    print_(
+        "Under 16, 8 and 4 bits: the least of the transformer that has to go, up to a half.\n"
+        "Step: an estimate from the device's peak rates; a real one takes longer."
+    )
+    for item in found.targets:
+        if item.floor > item.available:
+            most = item.floor_part + _WAYS.get(item.floor_part, "")
+            print_(
+                f"\n{item.target} cannot hold it: in 4 bits and without half of the transformer it still "
+                f"takes {decimal(item.floor)}, most of all for {most}."
+            )
+    print_(
+        f"\nExport: {decimal(found.export_memory)} of memory, {decimal(found.engine_memory)} to build an "
         f"engine, {decimal(found.export_disk)} of disk."
     )
 
 
+def _table(title: str, name: str, *headings: str) -> Table:
+    """A table in which a long name is folded, and nothing is cut short."""
+    columns = (Column(text, justify="left" if text in _WORDS else "right", no_wrap=True) for text in headings)
+    first = Column(name, overflow="fold")
+    return Table(first, *columns, title=Text(title), title_justify="left", box=None, pad_edge=False)
+
+
+def _duration(seconds: float) -> str:
+    number, unit = (seconds, "s") if seconds >= 1 else (1000 * seconds, "ms")
+    return f"{number:.0f} {unit}" if number >= 10 else f"{number:.2g} {unit}"
+
+
 def _show_targets(profiles: list[Profile]) -> None:
-    table = Table(title="hptool export --target TARGET", box=None, pad_edge=False)
-    for heading in ("target", "device"):
-        table.add_column(heading, no_wrap=heading == "target")
-    for heading in ("GiB", "GB/s", "TFLOPS"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("best runtime", "CUDA"):
-        table.add_column(heading, no_wrap=True)
+    table = _table("hptool export --target TARGET", "target", "device", "GiB", "CUDA", "best runtime")
     for profile in profiles:
-        numbers = (profile.memory_gib, profile.bandwidth_gb_s, profile.peak_tflops)
         table.add_row(
             profile.name,
-            profile.description,
-            *(f"{number:g}" for number in numbers),
-            profile.runtimes[0],
+            Text(profile.description),
+            f"{profile.memory_gib:g}",
             profile.compute_capability or "-",
+            profile.runtimes[0],
         )
     print_(table)
     print_(
-        "\nMemory, its bandwidth, the peak rate of multiply-accumulates; CUDA is the compute capability.\n"
-        "What they mean and where they are from:  hptool targets show TARGET"
+        "\nCUDA is the compute capability. All that is known of one, and where it is from:\n"
+        "hptool targets show TARGET"
     )
 
 
@@ -200,7 +224,9 @@ def _show_target(profile: Profile) -> None:
         value = getattr(profile, field)
         if isinstance(value, tuple):
             value = ", ".join(map(str, value))
-        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        elif isinstance(value, bool):
+            value = _yes(value)
+        shown = f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
         first_sentence = doc.partition(". ")[0].removesuffix(".") + "."
         source = f"\nFrom: {profile.sources[field]}" if field in profile.sources else ""
         # As text, so that brackets in a profile are no markup.
@@ -215,9 +241,8 @@ def _show_health(machine: Machine, faults: list[Fault], verdicts: list[Verdict])
     print_(facts)
     for fault in faults:
         print_(Text(f"\nBroken: {fault.what}.\nTo mend it:  {fault.fix}", "bold"))
-    table = Table(title="\nWhat this machine can do", box=None, pad_edge=False)
-    for heading in ("target", "export", "build the engine", "run a bundle with"):
-        table.add_column(heading, no_wrap=True)
+    headings = ("target", "export", "build the engine", "run a bundle with")
+    table = _table("What this machine can do", *headings)
     obstacles: dict[str, list[str]] = {}
     commands: dict[tuple[str, ...], list[str]] = {}
     for verdict in verdicts:
@@ -227,9 +252,11 @@ def _show_health(machine: Machine, faults: list[Fault], verdicts: list[Verdict])
             obstacles.setdefault(obstacle, []).append(verdict.target)
         if verdict.install:
             commands.setdefault(verdict.install, []).append(verdict.target)
+    print_("")
     print_(table)
     for obstacle, names in obstacles.items():
-        print_(Text(f"\n{obstacle}\n    {', '.join(names)}"))
+        print_(Text(f"\n{obstacle}"))
+        print_(Padding(Text(", ".join(names)), (0, 0, 0, 4)))
     for install, names in commands.items():
         print_(Text(f"\nTo do all that this machine can for {', '.join(names)}:"))
         for command in install:
