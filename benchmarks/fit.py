@@ -74,10 +74,11 @@ def page(results: dict[str, Any], models: dict[str, tuple[Fit, Fit]]) -> str:
         "",
         "Made by `python -m benchmarks.fit table`. The first table is what `hptool fit` says, of the",
         "original in 16 bits and of the pruned model of [scale.md](scale.md) in 4 bits, at 1024 × 1024",
-        "pixels: memory of the device with one part loaded at a time, and what a step takes at the least by",
-        "the device's peak rates. On a GPU with memory of its own that is the transformer alone; text",
-        "encoders and decoder run on the processor, in the memory of the computer beside it. On a processor",
-        "it is onnxruntime's; OpenVINO is faster, takes more, and is chosen only where there is enough.",
+        "pixels: memory of the device with one part loaded at a time, and an estimate of a step: what it",
+        "takes at the least by the device's peak rates. On a GPU with memory of its own that is the",
+        "transformer alone; text encoders and decoder run on the processor, in the memory of the computer",
+        "beside it. On a processor it is onnxruntime's; OpenVINO is faster, takes more, and is chosen only",
+        "where there is enough.",
         "",
     ]
     headings = [text for name in models for text in (f"{name}, 16 bits", "pruned, 4 bits", "a step ≥")]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from deploy import machine
 from deploy.gpu import Gpu, Gpus
 from profiles.page import targets_markdown
 from profiles.schema import available_profiles, load_profile
 from toolchain import cli
+from toolchain.cli.exporting import _engine_table
 
 
 def hptool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -196,3 +199,13 @@ def test_a_mistake_is_one_message(
     assert hptool(monkeypatch, *arguments) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_place_of_an_engine_is_never_cut_short() -> None:
+    path = "engines/sm86-sm89-sm120-f0d22087.engine"
+    facts = {"compute_capabilities": ["8.6", "8.9", "12.0"], "bytes": 34_578_000, "num_found": 221}
+    engine = {"targets": ["rtx3060-12gb", "rtx4090", "rtx5090"], "num_int4": 221, "path": path} | facts
+    shown = io.StringIO()
+    Console(width=80, file=shown).print(_engine_table([engine]))
+    places = [line.split("│")[5].strip() for line in shown.getvalue().splitlines() if line.startswith("│")]
+    assert "".join(places) == path

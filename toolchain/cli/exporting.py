@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from profiles.schema import load_profile
 from toolchain.cli.shell import (
@@ -179,7 +179,10 @@ def _bits(
 
 def _engine_table(engines: list[dict[str, Any]]) -> Table:
     """Which engines there are, whom they serve, and where they lie."""
-    table = Table("engine for", "compute capability", "MB", "INT4 found as stored", "where", title="engines")
+    where_it_lies = Column("where", overflow="fold")
+    table = Table(
+        "engine for", "compute capability", "MB", "INT4 found as stored", where_it_lies, title="engines"
+    )
     for engine in engines:
         built = engine["bytes"] is not None
         if engine["path"] is not None:
