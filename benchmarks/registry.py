@@ -77,6 +77,14 @@ BENCHMARKS = (
         quick=True,
     ),
     Benchmark(
+        name="peers",
+        question="What do others' ways to 4 bits give on a processor, in bytes, error, time and memory?",
+        measure=("measure",),
+        table="table",
+        page="peers.md",
+        quick=True,
+    ),
+    Benchmark(
         name="quality",
         question="Which method loses least, at which ratio, after how many steps?",
         measure=("run",),
