@@ -37,7 +37,7 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 RESULTS = Path(__file__).parent / "results" / "peers.json"
 PAGE = Path(__file__).parents[1] / "docs" / "peers.md"
-ROUNDS, STEPS, PROMPTS = 3, 10, 8
+ROUNDS, STEPS, PROMPTS = 3, 10, 4
 LIBRARIES = ("torchao==0.18.0", "bitsandbytes==0.50.2")
 OPTIMUM = ("torch==2.9.1", "optimum-onnx[onnxruntime]==0.1.0", "diffusers<0.36", "transformers<4.58")
 
@@ -153,11 +153,14 @@ def _rows(states: Inputs, start: int) -> Inputs:
 # What the ways need, made once.
 
 
-def _made(scratch: Path, name: str, make: Callable[[Path], None]) -> str:
-    """Make a thing that is missing; how that failed, or nothing."""
+def _made(scratch: Path, name: str, make: Callable[[Path, Path], None]) -> str:
+    """Make a thing that is missing, beside its place; how that failed, or nothing."""
     if not (scratch / name).exists():
+        beside = scratch / f"{name}.part"
+        shutil.rmtree(beside, ignore_errors=True)
         try:
-            make(scratch)
+            make(scratch, beside)
+            beside.rename(scratch / name)
         except (subprocess.CalledProcessError, OSError) as error:
             said = getattr(error, "stderr", None) or str(error)
             lines = [line for line in said.splitlines() if re.match(r"\w*(?:Error|Exception)|ERROR", line)]
@@ -165,7 +168,7 @@ def _made(scratch: Path, name: str, make: Callable[[Path], None]) -> str:
     return ""
 
 
-def _make_states(scratch: Path) -> None:
+def _make_states(_: Path, path: Path) -> None:
     from toolchain.families import open_model
     from toolchain.shapes.world import captions
     from toolchain.trajectories import sample_states
@@ -182,27 +185,25 @@ def _make_states(scratch: Path) -> None:
         "velocities": found.velocities,
     }
     arrays = {name: np.ascontiguousarray(item.float().numpy()) for name, item in tensors.items()}
-    save_file(
-        arrays | {"guidance_scale": np.array(model.defaults.guidance_scale)}, scratch / "states.safetensors"
-    )
+    save_file(arrays | {"guidance_scale": np.array(model.defaults.guidance_scale)}, path)
 
 
-def _make_bundle(scratch: Path) -> None:
-    _run([sys.executable, "-m", "toolchain", "export", "shapes", "-o", str(scratch / "bundle")])
+def _make_bundle(_: Path, path: Path) -> None:
+    _run([sys.executable, "-m", "toolchain", "export", "shapes", "-o", str(path)])
 
 
-def _make_ordinary(scratch: Path) -> None:
+def _make_ordinary(_: Path, path: Path) -> None:
     from toolchain.families.view import built_in_path
 
-    _run([sys.executable, "-m", "benchmarks.ordinary", str(built_in_path()), str(scratch / "ordinary")])
+    _run([sys.executable, "-m", "benchmarks.ordinary", str(built_in_path()), str(path)])
 
 
-def _make_libraries(scratch: Path) -> None:
+def _make_libraries(_: Path, path: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
-    _run([*command, str(scratch / "libraries"), *LIBRARIES])
+    _run([*command, str(path), *LIBRARIES])
 
 
-def _make_optimum(scratch: Path) -> None:
+def _make_optimum(scratch: Path, path: Path) -> None:
     from toolchain.families.view import built_in_path
 
     home = scratch / "optimum-environment"
@@ -219,7 +220,7 @@ def _make_optimum(scratch: Path) -> None:
         (model / name / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     _run([str(python), "-c", _WITH_T5, str(model)])
     command = [str(python), "-m", "optimum.exporters.onnx", "--model", str(model)]
-    _run([*command, "--task", "text-to-image", "--library", "diffusers", str(scratch / "optimum")])
+    _run([*command, "--task", "text-to-image", "--library", "diffusers", str(path)])
 
 
 _WITH_T5 = """
@@ -346,7 +347,7 @@ def _ours(scratch: Path, runtime: str) -> tuple[Take, int]:
     return lambda inputs: run(inputs)["velocity"], weights
 
 
-MAKE: dict[str, Callable[[Path], None]] = {
+MAKE: dict[str, Callable[[Path, Path], None]] = {
     "states.safetensors": _make_states,
     "bundle": _make_bundle,
     "ordinary": _make_ordinary,
