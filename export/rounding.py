@@ -6,8 +6,8 @@ builder lets others pass, but nothing then says what the device makes of them. S
 positive scales around NNCF's magnitude and keeps the one with the least squared error. Rounding itself is
 NNCF's `do_integer_quantization`, bit for bit.
 
-A matrix is worked through in blocks that stay in a core's cache, on all cores: numpy lets go of the
-interpreter while it computes, and passes over memory would cost several times the arithmetic.
+A matrix is worked through in blocks that stay in a core's cache, on all cores (`export/kernels.py`): passes
+over memory would cost several times the arithmetic.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from export import kernels
 from export.errors import ExportError
 
 __all__ = ["IntBits", "RoundedMatrix", "dequantize", "pack", "quantize_matrix"]
@@ -41,11 +42,11 @@ _FACTORS: dict[int, tuple[float, ...]] = {
 # Each of these scales is tried as it is and as least squares mends it for the values it rounds to.
 _AWARE_FACTORS: dict[int, tuple[float, ...]] = {4: (0.6, 0.75, 0.9, 1.0, 8 / 7), 8: _FACTORS[8]}
 
-# Weights in a block: three float32 copies of it take 768 kB, and a pass over it takes far longer than
-# starting one.
-_BLOCK = 1 << 16
-# Fewer columns than this make numpy's inner loops, which run along a row, too short.
-_FEWEST_COLUMNS = 64
+# Weights in a block: as float32 half a megabyte, which stays in a core's cache.
+_BLOCK = 1 << 17
+# Columns in a stripe, at most: where a row of the matrix lies scattered in memory, as with the transpose that
+# torch keeps, so many runs of weights are read side by side.
+_COLUMNS = 256
 
 # As in NNCF; float16 has smaller ones, so that a part of it is not rounded to 0.
 _LEAST_SCALE = np.finfo(np.float32).eps
@@ -104,7 +105,7 @@ def quantize_matrix(
             return _quantize_stripe(weight, stripe, bits, group_size, importances, values, scales)
 
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
-        error = math.fsum(pool.map(work, _stripes(columns, group_size)))
+        error = math.fsum(pool.map(work, _stripes(columns)))
     typed = values.view(ml_dtypes.int4) if bits == 4 else values
     return RoundedMatrix(values=typed, scales=scales, error=error * unit)
 
@@ -121,12 +122,9 @@ def pack(values: Array) -> Array:
     """INT4 values two to a byte, as ONNX stores them: the first in the lower half, an odd last one alone."""
     flat = values.reshape(-1).view(np.uint8)
     packed = np.empty(-(-len(flat) // 2), dtype=np.uint8)
-    for start in range(0, len(flat), 4 * _BLOCK):
-        low, high = flat[start : start + 4 * _BLOCK : 2], flat[start + 1 : start + 4 * _BLOCK : 2]
-        out = packed[start // 2 : start // 2 + len(low)]
-        np.left_shift(high, 4, out=out[: len(high)])
-        out[len(high) :] = 0
-        out |= low
+    kernels.pack_pairs(flat, packed[: len(flat) // 2])
+    if len(flat) % 2:
+        packed[-1] = flat[-1]
     return packed
 
 
@@ -142,67 +140,44 @@ def _quantize_stripe(
     """Do some columns, all their groups, and return the error."""
     columns = stripe.stop - stripe.start
     together = max(1, _BLOCK // (group_size * columns))
-    loaded, scratch, spare = (np.empty((together, group_size, columns), dtype=np.float32) for _ in range(3))
+    loaded = np.empty((together, group_size, columns), dtype=np.float32)
+    mask = np.int8(0x0F if bits == 4 else -1)  # ml_dtypes keeps an int4 in the lower half of a byte
     total = 0.0
     for start in range(0, len(scales), together):
         groups = slice(start, min(start + together, len(scales)))
         rows = slice(groups.start * group_size, groups.stop * group_size)
-        count = groups.stop - groups.start
-        block, rounded = loaded[:count], scratch[:count]
+        block = loaded[: groups.stop - groups.start]
         _load(weight[rows, stripe], block.reshape(-1, columns))
-        weighed = None if importance is None else importance[rows].reshape(count, group_size, 1)
-        scale, error = _choose_scale(block, (rounded, spare[:count]), weighed, bits)
-        _round(block, scale, bits, rounded)
-        written = values[rows, stripe]
-        np.copyto(written, rounded.reshape(-1, columns), casting="unsafe")
-        if bits == 4:
-            written &= 0x0F  # ml_dtypes keeps an int4 in the lower half of a byte
-        scales[groups, stripe] = scale[:, 0]
+        weighed = None if importance is None else importance[rows].reshape(-1, group_size)
+        scale, error = _choose_scale(block, weighed, bits)
+        kernels.round_values(block, scale, *_range(bits), mask, values[rows, stripe])
+        scales[groups, stripe] = scale
         total += error
     return total
 
 
-def _choose_scale(
-    block: Array, scratch: tuple[Array, Array], importance: Array | None, bits: IntBits
-) -> tuple[Array, float]:
-    """The best scale [groups, 1, N] of each group of a block, as float32, and the error left with it."""
-    rounded, products = scratch
-    magnitude = np.maximum(np.abs(block.min(axis=1, keepdims=True)), block.max(axis=1, keepdims=True))
+def _choose_scale(block: Array, importance: Array | None, bits: IntBits) -> tuple[Array, float]:
+    """The best scale [groups, N] of each group of a block, as float32, and the error left with it."""
+    magnitude = np.empty((len(block), block.shape[2]), dtype=np.float32)
+    kernels.largest(block, magnitude)
     magnitude /= np.float32(2.0 ** (bits - 1))
     np.maximum(magnitude, _LEAST_SCALE, out=magnitude)
-    best_scale = np.full_like(magnitude, np.inf)
-    best_error = np.full_like(magnitude, np.inf)
-
-    def consider(scale: Array) -> None:
-        _round(block, scale, bits, rounded)
-        np.multiply(rounded, scale, out=products)
-        np.subtract(products, block, out=products)
-        np.square(products, out=products)
-        if importance is not None:
-            np.multiply(products, importance, out=products)
-        error = products.sum(axis=1, keepdims=True)
-        better = error < best_error
-        np.copyto(best_error, error, where=better)
-        np.copyto(best_scale, scale, where=better)
-
-    for factor in (_FACTORS if importance is None else _AWARE_FACTORS)[bits]:
-        scale = _as_stored(magnitude * factor)
-        consider(scale)
-        if importance is not None:
-            consider(_as_stored(_least_squares(block, rounded, importance, products, scale)))
-    return best_scale, float(best_error.sum(dtype=np.float64))
+    factors = (_FACTORS if importance is None else _AWARE_FACTORS)[bits]
+    scales = _as_stored(magnitude * np.array(factors, dtype=np.float32)[:, None, None])
+    weighed = np.ones(block.shape[:2], dtype=np.float32) if importance is None else importance
+    if importance is not None:
+        mended = _as_stored(_least_squares(block, scales, weighed, bits))
+        scales = np.stack([scales, mended], axis=1).reshape(-1, *magnitude.shape)
+    scale, error = np.empty_like(magnitude), np.empty_like(magnitude)
+    kernels.choose_scales(block, scales, weighed, *_range(bits), scale, error)
+    return scale, float(error.sum(dtype=np.float64))
 
 
-def _least_squares(block: Array, rounded: Array, importance: Array, products: Array, scale: Array) -> Array:
-    """The scale that is best for values which another scale gave; that one where they are all 0."""
-    np.multiply(rounded, rounded, out=products)
-    np.multiply(products, importance, out=products)
-    squares = products.sum(axis=1, keepdims=True)
-    np.multiply(rounded, block, out=products)
-    np.multiply(products, importance, out=products)
-    mended: Array = np.divide(
-        products.sum(axis=1, keepdims=True), squares, out=scale.copy(), where=squares > 0
-    )
+def _least_squares(block: Array, scales: Array, importance: Array, bits: IntBits) -> Array:
+    """The scales that are best for values which others give; those where they are all 0."""
+    squares, mixed = np.empty_like(scales), np.empty_like(scales)
+    kernels.products(block, scales, importance, *_range(bits), squares, mixed)
+    mended: Array = np.divide(mixed, squares, out=scales.copy(), where=squares > 0)
     np.maximum(mended, _LEAST_SCALE, out=mended)
     return mended
 
@@ -211,25 +186,20 @@ def _as_stored(scale: Array) -> Array:
     return scale.astype(np.float16).astype(np.float32)
 
 
-def _round(block: Array, scale: Array, bits: IntBits, out: Array) -> None:
-    # Not times the inverse: halves would fall to the other side than NNCF's.
-    np.divide(block, scale, out=out)
-    np.rint(out, out=out)
-    np.clip(out, -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1, out=out)
+def _range(bits: IntBits) -> tuple[np.float32, np.float32]:
+    return np.float32(-(2 ** (bits - 1))), np.float32(2 ** (bits - 1) - 1)
 
 
 def _load(part: Array, out: Array) -> None:
     if part.dtype == ml_dtypes.bfloat16:
-        # The upper half of a float32; numpy would convert it value by value.
-        np.left_shift(part.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
+        kernels.widen(part.view(np.uint16), out)  # numpy would convert it value by value
     else:
         np.copyto(out, part)
 
 
-def _stripes(columns: int, group_size: int) -> Iterator[slice]:
+def _stripes(columns: int) -> Iterator[slice]:
     """About equal parts of the columns, so that no part is much narrower than the others."""
-    most = max(_FEWEST_COLUMNS, _BLOCK // group_size)
-    count = -(-columns // most)
+    count = -(-columns // _COLUMNS)
     edges = [columns * index // count for index in range(count + 1)]
     return (slice(start, stop) for start, stop in pairwise(edges))
 
