@@ -34,6 +34,8 @@ _DIGESTS = "digests.json"
 _TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 # Something a run that was killed left behind is told from what another one is making just now by its age.
 _STALE_SECONDS = 3600
+_CHUNK = 1 << 22
+"""Bytes of a file that are copied at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +106,25 @@ class ComponentCache:
         destination.mkdir()
         for name, file in files.items():
             try:
-                shutil.copyfile(entry / name, destination / name)
+                digest = _copy_file(entry / name, destination / name)
             except FileNotFoundError:
                 break
-            if sha256(destination / name) != file.sha256:
+            if digest != file.sha256:
                 break
         else:
             return component, files
         shutil.rmtree(destination)
         return None
+
+
+def _copy_file(source: Path, destination: Path) -> str:
+    """Copy a file in one pass, and return the digest of what was written."""
+    digest = hashlib.sha256()
+    with source.open("rb") as read, destination.open("xb") as written:
+        while chunk := read.read(_CHUNK):
+            digest.update(chunk)
+            written.write(chunk)
+    return digest.hexdigest()
 
 
 def component_key(model: Model, part: str, options: dict[str, Any], cache: ComponentCache) -> str:

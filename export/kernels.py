@@ -11,7 +11,15 @@ from typing import Any
 import numba
 import numpy as np
 
-__all__ = ["choose_scales", "largest", "pack_pairs", "products", "round_values", "widen"]
+__all__ = [
+    "choose_scales",
+    "largest",
+    "pack_pairs",
+    "products",
+    "round_values",
+    "scale_values",
+    "widen",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -124,3 +132,14 @@ def pack_pairs(values: Array, out: Array) -> None:
     """Put the lower halves of two bytes into one, the first in its lower half."""
     for index in range(len(out)):
         out[index] = values[2 * index] | (values[2 * index + 1] << np.uint8(4))
+
+
+@_compiled
+def scale_values(values: Array, scales: Array, shift: np.int8, out: Array) -> None:
+    """Multiply signed integers [K, N], which so many of a byte's upper bits are no part of, with their scales."""
+    rows, columns = values.shape
+    size = rows // len(scales)
+    for row in range(rows):
+        for column in range(columns):
+            value = np.int8(values[row, column] << shift) >> shift
+            out[row, column] = value * scales[row // size, column]

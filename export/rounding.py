@@ -104,7 +104,7 @@ def quantize_matrix(
         with np.errstate(over="ignore", invalid="ignore"):
             return _quantize_stripe(weight, stripe, bits, group_size, importances, values, scales)
 
-    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(threads or _num_threads()) as pool:
         error = math.fsum(pool.map(work, _stripes(columns)))
     typed = values.view(ml_dtypes.int4) if bits == 4 else values
     return RoundedMatrix(values=typed, scales=scales, error=error * unit)
@@ -112,10 +112,16 @@ def quantize_matrix(
 
 def dequantize(values: Array, scales: Array) -> Array:
     """What a device computes with, as float32 [K, N]."""
-    group_size = len(values) // len(scales)
-    grouped = values.astype(np.float32).reshape(-1, group_size, values.shape[1])
-    grouped *= scales.astype(np.float32)[:, None]
-    return grouped.reshape(values.shape)
+    unused = np.int8(0 if values.dtype == np.int8 else 4)
+    whole, steps = values.view(np.int8), scales.astype(np.float32)
+    restored = np.empty(values.shape, dtype=np.float32)
+
+    def work(stripe: slice) -> None:
+        kernels.scale_values(whole[:, stripe], steps[:, stripe], unused, restored[:, stripe])
+
+    with ThreadPoolExecutor(_num_threads()) as pool:
+        list(pool.map(work, _stripes(values.shape[1])))
+    return restored
 
 
 def pack(values: Array) -> Array:
@@ -195,6 +201,10 @@ def _load(part: Array, out: Array) -> None:
         kernels.widen(part.view(np.uint16), out)  # numpy would convert it value by value
     else:
         np.copyto(out, part)
+
+
+def _num_threads() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def _stripes(columns: int) -> Iterator[slice]:
