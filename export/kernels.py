@@ -136,7 +136,7 @@ def pack_pairs(values: Array, out: Array) -> None:
 
 @_compiled
 def scale_values(values: Array, scales: Array, shift: np.int8, out: Array) -> None:
-    """Multiply signed integers [K, N], which so many of a byte's upper bits are no part of, with their scales."""
+    """Multiply signed integers [K, N] with their scales; so many of a byte's upper bits are not theirs."""
     rows, columns = values.shape
     size = rows // len(scales)
     for row in range(rows):
