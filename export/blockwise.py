@@ -100,7 +100,8 @@ class BlockRow:
 def draw_states(model: Model, token_counts: tuple[int, int], *, seed: int = 0) -> list[State]:
     """States of two sizes (one odd in patches, not square), two batches and two text lengths.
 
-    Any two of these meet in one of the four states, which is where a graph fixes what should be free.
+    All eight of them for a model that is not large, and for one that is the four in which any two of these
+    meet, which is where a graph fixes what should be free.
     The first row of a batch is noise, where sampling starts; the others are half way. Prompts are real: what
     a rounded model makes of inputs it would never be given says little about it.
     """
@@ -112,21 +113,25 @@ def draw_states(model: Model, token_counts: tuple[int, int], *, seed: int = 0) -
     batches = (1, 2) if large else _BATCHES
     most_tokens = _FEW_TOKENS if large else text.tokens_BTJ.shape[1]
     states = []
-    for (index, (rows, columns)), (other, tokens) in product(enumerate(sizes), enumerate(token_counts)):
-        batch, count = batches[(index + other) % 2], min(tokens, most_tokens)
+    for places, ((rows, columns), tokens, batch) in zip(
+        product((0, 1), repeat=3), product(sizes, token_counts, batches), strict=True
+    ):
+        if large and sum(places) % 2:
+            continue
+        count = min(tokens, most_tokens)
         size = (rows * mmdit.patch_size, columns * mmdit.patch_size)
         noise = torch.randn(batch, mmdit.latent_channels, *size, generator=generator)
         flat = torch.randn(batch, mmdit.latent_channels, 1, 1, generator=generator).expand_as(noise)
         timesteps = torch.tensor([1000.0] + [500.0] * (batch - 1))
         sigmas = timesteps[:, None, None, None] / 1000
         # From everywhere in the text, for its beginning and its end come from different encoders.
-        places = torch.linspace(0, text.tokens_BTJ.shape[1] - 1, count).long()
+        chosen = torch.linspace(0, text.tokens_BTJ.shape[1] - 1, count).long()
         states.append(
             State(
                 latents_BCHW=sigmas * noise + (1 - sigmas) * flat,
                 timesteps_B=timesteps,
                 guidance_B=torch.full((batch,), mmdit.guidance_scale) if mmdit.embeds_guidance else None,
-                text=TextStates(tokens_BTJ=text.tokens_BTJ[:batch, places], pooled_BP=text.pooled_BP[:batch]),
+                text=TextStates(tokens_BTJ=text.tokens_BTJ[:batch, chosen], pooled_BP=text.pooled_BP[:batch]),
             )
         )
     return states

@@ -20,7 +20,7 @@ import torch
 
 from deploy.bundle import Bundle, Graph, Variant
 from export import bundle as bundle_module
-from export import components
+from export import components, space
 from export.bundle import export_bundle
 from export.cache import ComponentCache
 from export.calibration import calibrate
@@ -168,7 +168,7 @@ def test_the_report_covers_every_graph_and_every_parameter(model: Model, bundle:
         ("vae_decoder/model.onnx", "float16", "float32"),
     }
     shapes = [row["shape"] for row in report["rows"] if row["graph"] == "transformer/model.onnx"]
-    assert len(shapes) == 4
+    assert len(shapes) == 8
     quantization = report["quantization"]["transformer"]
     names = [item["name"] for kind in ("quantized", "skipped") for item in quantization[kind]]
     assert sorted(names) == sorted(dict(model.pipeline.transformer.named_parameters()))
@@ -290,6 +290,14 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_the_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
     message = refusal(on_disk, [load_profile("cpu-x86")], tmp_path)
     assert re.search(r"takes .* [kM]B on the disk of .* where 10\.0 kB are free\. Make room", message)
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_the_work(
+    on_disk: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(space, "_available_memory", lambda: 10_000)
+    message = refusal(on_disk, [load_profile("cpu-x86")], tmp_path)
+    assert re.search(r"takes .* GB of memory, and 10\.0 kB are free\. Close other programs", message)
 
 
 def with_parts(model: Model, **parts: Any) -> Model:
