@@ -37,7 +37,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         yield beside
         beside.replace(path)
     except Exception as error:
-        if _is_full(error):
+        if is_full(error):
             raise ToolchainError(
                 f"cannot write {path}: its disk is full ({error}); make room, or write to another (--output, "
                 "and HPTOOL_CACHE for what is kept), and give the same command again"
@@ -47,7 +47,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _is_full(error: Exception) -> bool:
+def is_full(error: Exception) -> bool:
     """Whether a write failed for want of room; safetensors says so in words alone."""
     found = (getattr(error, "errno", None), *(code for code in _FULL if f"(os error {code})" in str(error)))
     return not _FULL.isdisjoint(found)

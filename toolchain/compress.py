@@ -11,6 +11,7 @@ from pathlib import Path
 from toolchain.analysis import Rescorer, analyze, num_units, velocity_errors
 from toolchain.artifacts import check_new_directory, new_directory, read_json, write_json
 from toolchain.card import write_student_card
+from toolchain.checkpoints import Checkpoints
 from toolchain.distill import DistillRecipe, InTurn, distill_
 from toolchain.errors import ToolchainError
 from toolchain.evaluate import ShapesScore, evaluate_shapes, num_batches
@@ -253,7 +254,7 @@ def compress_model(
             ),
             cache_prefix=work / "prefix.safetensors" if recipe.cache_prefix else None,
             in_turn=None if recipe.turn is None else InTurn(steps=recipe.turn, directory=work),
-            checkpoint=work / "state.safetensors",
+            checkpoints=Checkpoints(directory=work / "checkpoints"),
             on_step=lambda _, loss: advance(note=f"loss {loss:.4f}"),
         )
         # What was trained is float32; the rest, and with it the student as a whole, is what the teacher is.

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from toolchain.checkpoints import Checkpoints
 from toolchain.errors import ToolchainError
 from toolchain.families.mmdit import MMDiT, Streams, TextStates
 from toolchain.families.view import Model
@@ -90,7 +91,7 @@ def distill_(
     cache_prefix: Path | None = None,
     cache_dtype: torch.dtype | None = None,
     in_turn: InTurn | None = None,
-    checkpoint: Path | None = None,
+    checkpoints: Checkpoints | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> None:
     """Train a student's weights in place, each as strongly as the plan says.
@@ -109,7 +110,7 @@ def distill_(
             teacher where features count nothing.
         cache_dtype: What new outputs are stored in; by default the recipe's precision, which loses nothing.
         in_turn: Let the teacher leave memory while the student learns.
-        checkpoint: As `optimize_` takes it.
+        checkpoints: As `optimize_` takes it.
         on_step: Called with the step's number and its loss.
 
     Raises:
@@ -143,8 +144,8 @@ def distill_(
             loss_at,
             recipe.schedule,
             strength=lesson.strength,
-            belongs_to=_belongs_to(plan, states, recipe) if checkpoint else None,
-            checkpoint=checkpoint,
+            belongs_to=_belongs_to(plan, states, recipe) if checkpoints else None,
+            checkpoints=checkpoints,
             on_step=on_step,
         )
 

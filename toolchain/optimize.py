@@ -6,14 +6,12 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from toolchain.checkpoints import Checkpoint, Checkpoints
 from toolchain.errors import ToolchainError
 
 
@@ -48,7 +46,7 @@ def optimize_(
     *,
     strength: Mapping[str, float] | None = None,
     belongs_to: Mapping[str, Any] | None = None,
-    checkpoint: Path | None = None,
+    checkpoints: Checkpoints | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> None:
     """Train a model's unfrozen parameters in place with AdamW.
@@ -62,12 +60,12 @@ def optimize_(
             named. The rate is scaled and not the gradient, for AdamW divides by the gradient's own size:
             its updates are the same whatever a gradient is multiplied by.
         belongs_to: What else the run depends on, as JSON takes it; a checkpoint of another run is refused.
-        checkpoint: Where the state lies between steps: continued from if it is there, updated by
-            writing beside it and renaming, removed by nobody.
+        checkpoints: Where the state lies between steps: the last one is continued from.
         on_step: Called with the step's number and its loss.
 
     Raises:
-        ToolchainError: The loss or its gradient is no longer finite, or the checkpoint is another run's.
+        ToolchainError: The loss or its gradient is no longer finite, or the checkpoint is another run's,
+            or cannot be written.
     """
     parameters = {name: item for name, item in model.named_parameters() if item.requires_grad}
     values = list(parameters.values())
@@ -84,18 +82,22 @@ def optimize_(
     average = [item.detach().clone() for item in values] if schedule.ema_decay else []
     run = json.loads(json.dumps({"schedule": asdict(schedule), **(belongs_to or {})}))
     start = 0
-    if checkpoint is not None and checkpoint.exists():
-        start = _load_(checkpoint, run, schedule, parameters, optimizer, average)
+    if checkpoints is not None:
+        with checkpoints.latest() as stored:
+            if stored is not None:
+                _check_run(stored, run, schedule)
+                _load_(stored, parameters, optimizer, average)
+                start = stored.step
     for step in range(start, schedule.steps):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate_at(step) * group["strength"]
         loss = loss_at(step)
         value = float(loss.detach())
-        _check_finite("loss", value, step, checkpoint)
+        _check_finite("loss", value, step, checkpoints)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(values, schedule.clip_norm)
         # Checked before the step: a finite loss can have a gradient that would ruin weights and checkpoint.
-        _check_finite("norm of the gradient", float(norm), step, checkpoint)
+        _check_finite("norm of the gradient", float(norm), step, checkpoints)
         optimizer.step()
         # Now and not before the next gradient, so that the next forward pass has their memory.
         optimizer.zero_grad(set_to_none=True)
@@ -106,83 +108,62 @@ def optimize_(
                 torch._foreach_lerp_(average, list[torch.Tensor](values), 1 - decay)
         if on_step is not None:
             on_step(step, value)
-        if checkpoint is not None and (step + 1) % schedule.checkpoint_every == 0:
-            _save(checkpoint, step + 1, run, parameters, optimizer, average)
-    if checkpoint is not None and start < schedule.steps:
-        _save(checkpoint, schedule.steps, run, parameters, optimizer, average)
+        if checkpoints is not None and (step + 1) % schedule.checkpoint_every == 0:
+            checkpoints.write(step + 1, run, _state(parameters, optimizer, average))
+    if checkpoints is not None and start < schedule.steps:
+        checkpoints.write(schedule.steps, run, _state(parameters, optimizer, average))
     with torch.no_grad():
         for item, mean in zip(values, average, strict=bool(average)):
             item.copy_(mean)
 
 
-def _check_finite(what: str, value: float, step: int, checkpoint: Path | None) -> None:
+def _check_finite(what: str, value: float, step: int, checkpoints: Checkpoints | None) -> None:
     if not math.isfinite(value):
-        saved = checkpoint is not None and checkpoint.exists()
+        saved = checkpoints.paths() if checkpoints is not None else []
         raise ToolchainError(
             f"the {what} became {value} at step {step}; start again with a lower learning rate"
-            + (f" ({checkpoint} holds the last state that was saved)" if saved else "")
+            + (f" ({saved[-1]} holds the last state that was saved)" if saved else "")
         )
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def _save(
-    path: Path,
-    step: int,
-    run: dict[str, Any],
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    average: list[torch.Tensor],
-) -> None:
+def _state(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, average: list[torch.Tensor]
+) -> dict[str, torch.Tensor]:
     tensors = {}
     for index, (name, item) in enumerate(parameters.items()):
-        tensors[f"value/{name}"] = item.detach().contiguous()
+        tensors[f"value/{name}"] = item.detach()
         # A parameter the loss does not depend on has no moments.
         for moment, value in optimizer.state.get(item, {}).items():
-            tensors[f"{moment}/{name}"] = value.contiguous()
+            tensors[f"{moment}/{name}"] = value
         if average:
-            tensors[f"average/{name}"] = average[index].contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    save_file(tensors, beside, metadata={"step": str(step), "run": json.dumps(run)})
-    beside.replace(path)
+            tensors[f"average/{name}"] = average[index]
+    return tensors
 
 
+@torch.no_grad()
 def _load_(
-    path: Path,
-    run: dict[str, Any],
-    schedule: Schedule,
+    stored: Checkpoint,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     average: list[torch.Tensor],
-) -> int:
-    try:
-        with safe_open(path, framework="pt") as stored, torch.no_grad():
-            metadata = stored.metadata() or {}
-            step = int(metadata["step"])
-            _check_run(path, json.loads(metadata["run"]), run, schedule, step)
-            names = set(stored.keys())
-            for index, (name, item) in enumerate(parameters.items()):
-                item.copy_(stored.get_tensor(f"value/{name}"))
-                if f"step/{name}" in names:
-                    optimizer.state[item] = {
-                        moment: stored.get_tensor(f"{moment}/{name}").to(item.device) for moment in _MOMENTS
-                    }
-                if average:
-                    average[index].copy_(stored.get_tensor(f"average/{name}"))
-            return step
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise ToolchainError(
-            f"{path} is no checkpoint of this training: {error}; remove it or name another"
-        ) from error
-
-
-def _check_run(
-    path: Path, before: dict[str, Any], now: dict[str, Any], schedule: Schedule, step: int
 ) -> None:
+    for index, (name, item) in enumerate(parameters.items()):
+        item.copy_(stored.get(f"value/{name}"))
+        if f"step/{name}" in stored.names:
+            optimizer.state[item] = {
+                moment: stored.get(f"{moment}/{name}").to(item.device) for moment in _MOMENTS
+            }
+        if average:
+            average[index].copy_(stored.get(f"average/{name}"))
+
+
+def _check_run(stored: Checkpoint, now: dict[str, Any], schedule: Schedule) -> None:
     """A run may be made longer, or its cooldown another, if its rates so far stay what they were."""
-    old, new = dict(before), dict(now)
+    step = stored.step
+    old, new = dict(stored.run), dict(now)
     planned = Schedule(**old.pop("schedule"))
     del new["schedule"]
     old |= asdict(replace(planned, steps=0, cooldown=0, checkpoint_every=0))
@@ -199,7 +180,7 @@ def _check_run(
         )
     if differing:
         raise ToolchainError(
-            f"the checkpoint {path} belongs to another training: {'; '.join(differing)}. "
+            f"the checkpoint {stored.path} belongs to another training: {'; '.join(differing)}. "
             "Remove it, name another, or ask for what it was made with"
         )
 

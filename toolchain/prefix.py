@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from toolchain.errors import ToolchainError
 from toolchain.families.mmdit import Streams
+from toolchain.tensorfile import tensor_bytes, write_header
 
-_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _Key = tuple[int, torch.Size]
 
 
@@ -89,7 +88,7 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
     total = hashlib.sha256()
     for item in tensors:
         total.update(f"{item.dtype}{tuple(item.shape)}".encode())
-        total.update(_bytes(item))
+        total.update(tensor_bytes(item))
     return total.hexdigest()
 
 
@@ -152,7 +151,7 @@ def write_stream_cache(
                 for name, item in _fields(streams):
                     item = item.to("cpu", dtype).contiguous()
                     file.seek(offsets[name] + int(rows[0]) * item[0].nbytes)
-                    file.write(_bytes(item))
+                    file.write(tensor_bytes(item))
         beside.replace(path)
     except OSError as error:
         raise ToolchainError(f"the outputs of the prefix cannot be kept in {path}: {error}") from error
@@ -190,10 +189,6 @@ def read_stream_cache(path: Path, made_from: dict[str, str]) -> StreamCache:
     )
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
 def _fields(streams: Streams) -> Iterator[tuple[str, torch.Tensor]]:
     for name in ("image_BND", "text_BTD", "conditioning_BD"):
         if (item := getattr(streams, name)) is not None:
@@ -209,23 +204,20 @@ def _begin_file(
     }
     dtypes = {name: str(item.dtype).removeprefix("torch.") for name, item in _fields(streams)}
     notes = {"made_from": made_from, "dtypes": dtypes, "size": streams.size}
-    header: dict[str, Any] = {"__metadata__": {key: json.dumps(value) for key, value in notes.items()}}
     shapes = {name: (num_states, *item.shape[1:]) for name, item in _fields(streams)}
-    offset, starts = 0, {}
-    # Constants come first: they are of 32 bits, and every tensor has to lie at a multiple of its type's size.
-    for name, shape, kind in [
-        *((name, tuple(item.shape), item.dtype) for name, item in constants.items()),
-        *((name, shape, dtype) for name, shape in shapes.items()),
-    ]:
-        end = offset + torch.Size(shape).numel() * kind.itemsize
-        header[name] = {"dtype": _NAMES[kind], "shape": shape, "data_offsets": [offset, end]}
-        starts[name], offset = offset, end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
-    file.writelines(map(_bytes, constants.values()))
-    file.truncate(8 + len(text) + offset)
-    return {name: 8 + len(text) + starts[name] for name in shapes}
+    starts = write_header(
+        file,
+        [
+            # Constants come first: they are of 32 bits.
+            *((name, tuple(item.shape), item.dtype) for name, item in constants.items()),
+            *((name, shape, dtype) for name, shape in shapes.items()),
+        ],
+        {key: json.dumps(value) for key, value in notes.items()},
+    )
+    for name, item in constants.items():
+        file.seek(starts[name])
+        file.write(tensor_bytes(item))
+    return {name: starts[name] for name in shapes}
 
 
 def moved(streams: Streams, device: torch.device) -> Streams:

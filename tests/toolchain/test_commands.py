@@ -226,7 +226,7 @@ def test_a_compression_that_was_stopped_goes_on_where_it_was(
         assert hptool(monkeypatch, *command, "halved") == 2
     assert "cannot write halved: its disk is full" in capsys.readouterr().err
     assert not Path("halved").exists()
-    assert Path("halved.work/state.safetensors").exists()
+    assert Path("halved.work/checkpoints").exists()
     assert hptool(monkeypatch, *command, "halved") == 0
     assert not Path("halved.work").exists()
     assert (Path("halved") / weights).read_bytes() == (Path("whole") / weights).read_bytes()

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
 
+from toolchain.checkpoints import Checkpoints
 from toolchain.distill import DistillRecipe, InTurn, Lesson, distill_
 from toolchain.errors import ToolchainError
 from toolchain.families.mmdit import Streams
@@ -246,9 +247,10 @@ def test_what_a_removed_norm_leaves_learns_with_its_block(tiny: Model) -> None:
 
 
 def test_frozen_weights_have_no_optimiser_state(teach: Callable[..., Taught], tmp_path: Path) -> None:
-    teach(checkpoint=tmp_path / "state.safetensors")
-    with safe_open(tmp_path / "state.safetensors", framework="pt") as stored:
-        names = {key.partition("/")[2] for key in stored.keys()}  # noqa: SIM118 - no container
+    teach(checkpoints=Checkpoints(directory=tmp_path / "state"))
+    with Checkpoints(directory=tmp_path / "state").latest() as stored:
+        assert stored is not None
+        names = {key.partition("/")[2] for key in stored.names}
     assert {name.split(".")[1] for name in names if name.startswith("transformer_blocks")} == {"3", "4"}
     assert not any(name.startswith(("pos_embed", "time_text", "context_embedder")) for name in names)
 
@@ -430,16 +432,16 @@ def test_a_run_that_was_stopped_ends_as_an_undisturbed_one(
         if step == stop_after:
             raise KeyboardInterrupt
 
-    state = tmp_path / "state.safetensors"
+    state = Checkpoints(directory=tmp_path / "state")
     with pytest.raises(KeyboardInterrupt):
-        teach(checkpoint=state, on_step=stop, **options)
-    assert same(teach(checkpoint=state, **options), teach(**options))
+        teach(checkpoints=state, on_step=stop, **options)
+    assert same(teach(checkpoints=state, **options), teach(**options))
 
 
 def test_nonsense_ends_a_run_and_leaves_its_last_checkpoint(
     teach: Callable[..., Taught], states: States, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = tmp_path / "state.safetensors"
+    state = Checkpoints(directory=tmp_path / "state")
     rows = Lesson.rows
 
     def damaged(self: Lesson, all_states: States, step: int) -> torch.Tensor:
@@ -449,17 +451,18 @@ def test_nonsense_ends_a_run_and_leaves_its_last_checkpoint(
 
     monkeypatch.setattr(Lesson, "rows", damaged)
     with pytest.raises(ToolchainError, match="the loss became nan at step 3"):
-        teach(states=replace(states, velocities=states.velocities.clone()), checkpoint=state)
-    with safe_open(state, framework="pt") as stored:
-        assert stored.metadata()["step"] == "2"
-        assert all(stored.get_tensor(key).isfinite().all() for key in stored.keys())  # noqa: SIM118
+        teach(states=replace(states, velocities=states.velocities.clone()), checkpoints=state)
+    with state.latest() as stored:
+        assert stored is not None
+        assert stored.step == 2
+        assert all(stored.get(name).isfinite().all() for name in stored.names)
 
 
 def test_a_checkpoint_of_another_training_is_refused(
     tiny: Model, teach: Callable[..., Taught], states: States, tmp_path: Path
 ) -> None:
-    state = tmp_path / "state.safetensors"
-    teach(checkpoint=state)
+    state = Checkpoints(directory=tmp_path / "state")
+    teach(checkpoints=state)
     for options, named in [
         ({"recipe": replace(RECIPE, seed=8)}, "seed was 7 and is 8"),
         ({"recipe": replace(RECIPE, batch_size=2)}, "batch_size was 3 and is 2"),
@@ -470,7 +473,7 @@ def test_a_checkpoint_of_another_training_is_refused(
         ({"states": replace(states, latents=states.latents + 1)}, "states was another"),
     ]:
         with pytest.raises(ToolchainError, match=f"belongs to another training: .*{named}"):
-            teach(checkpoint=state, **options)
+            teach(checkpoints=state, **options)
 
 
 def test_a_student_that_is_not_of_this_plan_is_refused(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
 from torch import nn
 
+from toolchain.checkpoints import Checkpoints
 from toolchain.errors import ToolchainError
 from toolchain.optimize import Schedule, optimize_
 
@@ -28,7 +28,7 @@ def fresh() -> nn.Linear:
 
 def run(
     model: nn.Linear,
-    checkpoint: Path | None = None,
+    checkpoints: Checkpoints | None = None,
     fail_at: int | None = None,
     schedule: Schedule = SCHEDULE,
 ) -> nn.Linear:
@@ -37,14 +37,14 @@ def run(
         factor = float("nan") if step == fail_at else 1.0
         return factor * model(batch).square().mean()
 
-    optimize_(model, loss_at, schedule, checkpoint=checkpoint)
+    optimize_(model, loss_at, schedule, checkpoints=checkpoints)
     return model
 
 
 def test_a_run_that_was_stopped_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     with pytest.raises(ToolchainError, match="the loss became nan at step 7"):
-        run(fresh(), tmp_path / "state.safetensors", fail_at=7)
-    resumed = run(fresh(), tmp_path / "state.safetensors")
+        run(fresh(), Checkpoints(directory=tmp_path), fail_at=7)
+    resumed = run(fresh(), Checkpoints(directory=tmp_path))
     assert torch.equal(resumed.weight, run(fresh()).weight)
 
 
@@ -65,7 +65,7 @@ def test_wherever_a_run_stops_it_ends_as_an_undisturbed_one(
     ema_decay: float | None, fail_at: int, tmp_path: Path
 ) -> None:
     schedule = replace(SCHEDULE, ema_decay=ema_decay, checkpoint_every=2)
-    state = tmp_path / "state.safetensors"
+    state = Checkpoints(directory=tmp_path)
     with pytest.raises(ToolchainError):
         run(fresh(), state, fail_at=fail_at, schedule=schedule)
     resumed = run(fresh(), state, schedule=schedule)
@@ -74,7 +74,7 @@ def test_wherever_a_run_stops_it_ends_as_an_undisturbed_one(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nonsense_ends_a_run_and_leaves_its_last_checkpoint(value: float, tmp_path: Path) -> None:
-    model, state = fresh(), tmp_path / "state.safetensors"
+    model, state = fresh(), Checkpoints(directory=tmp_path)
     before: dict[int, torch.Tensor] = {}
 
     def loss_at(step: int) -> torch.Tensor:
@@ -82,17 +82,19 @@ def test_nonsense_ends_a_run_and_leaves_its_last_checkpoint(value: float, tmp_pa
         return model(torch.ones(1, 3)).square().mean() * (value if step == 7 else 1.0)
 
     with pytest.raises(ToolchainError, match="at step 7"):
-        optimize_(model, loss_at, SCHEDULE, checkpoint=state)
-    with safe_open(state, framework="pt") as stored:
-        assert stored.metadata()["step"] == "5"
-        assert torch.equal(stored.get_tensor("value/weight"), before[5])
-    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+        optimize_(model, loss_at, SCHEDULE, checkpoints=state)
+    with state.latest() as stored:
+        assert stored is not None
+        assert stored.step == 5
+        assert torch.equal(stored.get("value/weight"), before[5])
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005.safetensors"]
 
 
 def test_a_checkpoint_holds_what_is_trained_and_nothing_else(tmp_path: Path) -> None:
-    run(fresh(), tmp_path / "state.safetensors")
-    with safe_open(tmp_path / "state.safetensors", framework="pt") as stored:
-        assert set(stored.keys()) == {
+    run(fresh(), Checkpoints(directory=tmp_path))
+    with Checkpoints(directory=tmp_path).latest() as stored:
+        assert stored is not None
+        assert stored.names == {
             f"{part}/weight" for part in ("value", "exp_avg", "exp_avg_sq", "step", "average")
         }
 
@@ -100,14 +102,14 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(tmp_path: Path) -> 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_a_run_that_is_done_is_not_done_again(ema_decay: float | None, tmp_path: Path) -> None:
     schedule = replace(SCHEDULE, ema_decay=ema_decay)
-    state = tmp_path / "state.safetensors"
+    state = Checkpoints(directory=tmp_path)
     done = run(fresh(), state, schedule=schedule)
 
     def never(step: int) -> torch.Tensor:
         raise AssertionError(step)
 
     again = fresh()
-    optimize_(again, never, schedule, checkpoint=state)
+    optimize_(again, never, schedule, checkpoints=state)
     assert torch.equal(again.weight, done.weight)
 
 
@@ -167,28 +169,28 @@ def test_a_gradient_that_is_not_finite_ends_a_run_before_it_does_harm() -> None:
 def test_a_checkpoint_of_another_schedule_is_refused(
     change: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
-    run(fresh(), tmp_path / "state.safetensors")
+    run(fresh(), Checkpoints(directory=tmp_path))
     with pytest.raises(ToolchainError, match=named):
-        run(fresh(), tmp_path / "state.safetensors", schedule=replace(SCHEDULE, **change))
+        run(fresh(), Checkpoints(directory=tmp_path), schedule=replace(SCHEDULE, **change))
 
 
 def test_a_run_can_be_made_longer_before_its_rate_falls(tmp_path: Path) -> None:
-    state, longer = tmp_path / "state.safetensors", replace(SCHEDULE, steps=14)
+    state, longer = Checkpoints(directory=tmp_path), replace(SCHEDULE, steps=14)
     with pytest.raises(ToolchainError):
         run(fresh(), state, fail_at=6)
     assert torch.equal(run(fresh(), state, schedule=longer).weight, run(fresh(), schedule=longer).weight)
 
 
 def test_a_checkpoint_says_what_it_belongs_to(tmp_path: Path) -> None:
-    state, model = tmp_path / "state.safetensors", fresh()
-    optimize_(model, lambda _: model.weight.sum(), SCHEDULE, belongs_to={"seed": 1}, checkpoint=state)
+    state, model = Checkpoints(directory=tmp_path), fresh()
+    optimize_(model, lambda _: model.weight.sum(), SCHEDULE, belongs_to={"seed": 1}, checkpoints=state)
     with pytest.raises(ToolchainError, match="another training: seed was 1 and is 2"):
-        optimize_(model, lambda _: model.weight.sum(), SCHEDULE, belongs_to={"seed": 2}, checkpoint=state)
+        optimize_(model, lambda _: model.weight.sum(), SCHEDULE, belongs_to={"seed": 2}, checkpoints=state)
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    state = tmp_path / "state.safetensors"
-    state.write_bytes(b"nothing")
+    state = Checkpoints(directory=tmp_path)
+    (tmp_path / "step-00000005.safetensors").write_bytes(b"nothing")
     with pytest.raises(ToolchainError, match="is no checkpoint of this training"):
         run(fresh(), state)
 
@@ -200,7 +202,7 @@ def test_a_parameter_the_loss_does_not_depend_on_stays_and_is_resumed(tmp_path: 
             model,
             lambda _: model["used"].weight.sum(),
             replace(SCHEDULE, ema_decay=None),
-            checkpoint=tmp_path / "state.safetensors",
+            checkpoints=Checkpoints(directory=tmp_path),
         )
     assert torch.equal(model["unused"].weight, fresh().weight)
 

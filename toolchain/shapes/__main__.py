@@ -16,6 +16,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from toolchain.artifacts import new_directory
+from toolchain.checkpoints import Checkpoints
 from toolchain.evaluate import evaluate_shapes
 from toolchain.families.view import GenerationDefaults, Model, open_model, save_model
 from toolchain.optimize import Schedule
@@ -41,28 +42,28 @@ def train(
     columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}")) as bars:
 
-        def part(name: str, schedule: Schedule) -> tuple[Schedule, Path, training.Progress]:
+        def part(name: str, schedule: Schedule) -> tuple[Schedule, Checkpoints, training.Progress]:
             shorter = dataclasses.replace(schedule, steps=max(1, round(scale * schedule.steps)))
-            return shorter, work / f"{name}.safetensors", advance(name, shorter.steps)
+            return shorter, Checkpoints(directory=work / name), advance(name, shorter.steps)
 
         def advance(name: str, total: int) -> training.Progress:
             task = bars.add_task(name, total=total, loss=float("nan"))
             return lambda step, loss: bars.update(task, completed=step + 1, loss=loss)
 
-        schedule, checkpoint, on_step = part("text", training.TEXT_SCHEDULE)
+        schedule, checkpoints, on_step = part("text", training.TEXT_SCHEDULE)
         training.train_text_(
-            encoders, pipeline.tokenizer, schedule=schedule, checkpoint=checkpoint, on_step=on_step
+            encoders, pipeline.tokenizer, schedule=schedule, checkpoints=checkpoints, on_step=on_step
         )
-        schedule, checkpoint, on_step = part("vae", training.VAE_SCHEDULE)
-        training.train_vae_(pipeline.vae, schedule=schedule, checkpoint=checkpoint, on_step=on_step)
+        schedule, checkpoints, on_step = part("vae", training.VAE_SCHEDULE)
+        training.train_vae_(pipeline.vae, schedule=schedule, checkpoints=checkpoints, on_step=on_step)
 
         for module in (*encoders, pipeline.vae):
             module.eval().requires_grad_(False)
         num_scenes = max(1000, round(scale * training.NUM_SCENES))
         scenes = training.encode_scenes(pipeline, num_scenes, on_step=advance("scenes", num_scenes // 100))
-        schedule, checkpoint, on_step = part("transformer", training.TRANSFORMER_SCHEDULE)
+        schedule, checkpoints, on_step = part("transformer", training.TRANSFORMER_SCHEDULE)
         training.train_transformer_(
-            pipeline, scenes, schedule=schedule, checkpoint=checkpoint, on_step=on_step
+            pipeline, scenes, schedule=schedule, checkpoints=checkpoints, on_step=on_step
         )
 
     model = Model(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from toolchain.checkpoints import Checkpoints
 from toolchain.optimize import Schedule, optimize_
 from toolchain.shapes import world
 
@@ -59,7 +59,7 @@ def train_text_(
     tokenizer: CLIPTokenizer,
     *,
     schedule: Schedule = TEXT_SCHEDULE,
-    checkpoint: Path | None = None,
+    checkpoints: Checkpoints | None = None,
     on_step: Progress | None = None,
 ) -> None:
     """Teach the encoders to read: all that a caption says must follow linearly from what they return.
@@ -90,14 +90,14 @@ def train_text_(
                 loss = loss + F.cross_entropy(logits, meaning)
         return loss / len(states)
 
-    optimize_(model, loss_at, schedule, checkpoint=checkpoint, on_step=on_step)
+    optimize_(model, loss_at, schedule, checkpoints=checkpoints, on_step=on_step)
 
 
 def train_vae_(
     vae: AutoencoderKL,
     *,
     schedule: Schedule = VAE_SCHEDULE,
-    checkpoint: Path | None = None,
+    checkpoints: Checkpoints | None = None,
     on_step: Progress | None = None,
 ) -> None:
     """Train the autoencoder on rendered scenes, then set its scale and shift from their latents."""
@@ -114,7 +114,7 @@ def train_vae_(
         loss: torch.Tensor = error.abs().mean() + error.square().mean() + 1e-4 * kl
         return loss
 
-    optimize_(vae, loss_at, schedule, checkpoint=checkpoint, on_step=on_step)
+    optimize_(vae, loss_at, schedule, checkpoints=checkpoints, on_step=on_step)
     with torch.no_grad():
         pictures = _render_batch(np.random.default_rng(2), 512).to(vae.device)
         latents = vae.encode(pictures).latent_dist.mean
@@ -149,7 +149,7 @@ def train_transformer_(
     scenes: Scenes,
     *,
     schedule: Schedule = TRANSFORMER_SCHEDULE,
-    checkpoint: Path | None = None,
+    checkpoints: Checkpoints | None = None,
     on_step: Progress | None = None,
 ) -> None:
     """Train the transformer by flow matching, sigma logit-normal as in SD3 (arXiv 2403.03206)."""
@@ -180,7 +180,7 @@ def train_transformer_(
         loss: torch.Tensor = F.mse_loss(velocity.float(), noise - clean)
         return loss
 
-    optimize_(transformer, loss_at, schedule, checkpoint=checkpoint, on_step=on_step)
+    optimize_(transformer, loss_at, schedule, checkpoints=checkpoints, on_step=on_step)
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
