@@ -23,7 +23,7 @@ from toolchain.errors import ToolchainError
 from toolchain.families.mmdit import MMDiT, Streams, TextStates
 from toolchain.families.view import Model
 from toolchain.losses import LossWeights, feature_loss, output_loss
-from toolchain.optimize import Schedule, optimize_
+from toolchain.optimize import Checks, Schedule, optimize_
 from toolchain.plan import EMBEDDERS, HEAD, CompressionPlan
 from toolchain.prefix import (
     Resting,
@@ -92,6 +92,7 @@ def distill_(
     cache_dtype: torch.dtype | None = None,
     in_turn: InTurn | None = None,
     checkpoints: Checkpoints | None = None,
+    checks: Checks | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> None:
     """Train a student's weights in place, each as strongly as the plan says.
@@ -110,7 +111,7 @@ def distill_(
             teacher where features count nothing.
         cache_dtype: What new outputs are stored in; by default the recipe's precision, which loses nothing.
         in_turn: Let the teacher leave memory while the student learns.
-        checkpoints: As `optimize_` takes it.
+        checkpoints: As `optimize_` takes it, and `checks`.
         on_step: Called with the step's number and its loss.
 
     Raises:
@@ -146,6 +147,7 @@ def distill_(
             strength=lesson.strength,
             belongs_to=_belongs_to(plan, states, recipe) if checkpoints else None,
             checkpoints=checkpoints,
+            checks=checks,
             on_step=on_step,
         )
 

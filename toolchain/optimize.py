@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from toolchain.checkpoints import Checkpoint, Checkpoints
+from toolchain.checkpoints import Checkpoint, Checkpoints, open_checkpoint
 from toolchain.errors import ToolchainError
+from toolchain.interrupts import held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,27 @@ class Schedule:
         return self.learning_rate * min(1.0, (self.steps - step) / max(1.0, self.cooldown * self.steps))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Checks:
+    """Looks at a model in the middle of its training."""
+
+    every: int
+    """Steps between them."""
+    harm: Callable[[int], float]
+    """Called with the steps taken, while the model is what it would be if training ended now: how bad it is.
+    Each of its answers is saved with a checkpoint, so that the best one stays."""
+    enough: float | None = None
+    """Training ends as soon as the harm is no more than this."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ToolchainError(f"a model is to be checked every {self.every} steps; it is at least 1")
+
+    def met(self, harm: float | None) -> bool:
+        """Whether no more training is wanted."""
+        return harm is not None and self.enough is not None and harm <= self.enough
+
+
 def optimize_(
     model: nn.Module,
     loss_at: Callable[[int], torch.Tensor],
@@ -47,9 +71,12 @@ def optimize_(
     strength: Mapping[str, float] | None = None,
     belongs_to: Mapping[str, Any] | None = None,
     checkpoints: Checkpoints | None = None,
+    checks: Checks | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> None:
     """Train a model's unfrozen parameters in place with AdamW.
+
+    A signal to end is held back until the step is taken and, where there are checkpoints, saved.
 
     Args:
         model: Its parameters with `requires_grad` are trained and, with EMA, replaced by their average.
@@ -61,6 +88,7 @@ def optimize_(
             its updates are the same whatever a gradient is multiplied by.
         belongs_to: What else the run depends on, as JSON takes it; a checkpoint of another run is refused.
         checkpoints: Where the state lies between steps: the last one is continued from.
+        checks: Looks at the model from time to time, and may find that it suffices.
         on_step: Called with the step's number and its loss.
 
     Raises:
@@ -81,40 +109,66 @@ def optimize_(
     )
     average = [item.detach().clone() for item in values] if schedule.ema_decay else []
     run = json.loads(json.dumps({"schedule": asdict(schedule), **(belongs_to or {})}))
-    start = 0
+    start, done = 0, False
     if checkpoints is not None:
         with checkpoints.latest() as stored:
             if stored is not None:
                 _check_run(stored, run, schedule)
                 _load_(stored, parameters, optimizer, average)
-                start = stored.step
-    for step in range(start, schedule.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate_at(step) * group["strength"]
-        loss = loss_at(step)
-        value = float(loss.detach())
-        _check_finite("loss", value, step, checkpoints)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(values, schedule.clip_norm)
-        # Checked before the step: a finite loss can have a gradient that would ruin weights and checkpoint.
-        _check_finite("norm of the gradient", float(norm), step, checkpoints)
-        optimizer.step()
-        # Now and not before the next gradient, so that the next forward pass has their memory.
-        optimizer.zero_grad(set_to_none=True)
-        if schedule.ema_decay:
-            # A short run would otherwise average in its first, untrained weights.
-            decay = min(schedule.ema_decay, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(average, list[torch.Tensor](values), 1 - decay)
-        if on_step is not None:
-            on_step(step, value)
-        if checkpoints is not None and (step + 1) % schedule.checkpoint_every == 0:
-            checkpoints.write(step + 1, run, _state(parameters, optimizer, average))
-    if checkpoints is not None and start < schedule.steps:
-        checkpoints.write(schedule.steps, run, _state(parameters, optimizer, average))
+                start, done = stored.step, checks is not None and checks.met(stored.harm)
+    with held() as stopping:
+        for step in range(start, schedule.steps):
+            if done or stopping():
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate_at(step) * group["strength"]
+            loss = loss_at(step)
+            value = float(loss.detach())
+            _check_finite("loss", value, step, checkpoints)
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = nn.utils.clip_grad_norm_(values, schedule.clip_norm)
+            # Checked before the step: a finite loss can have a gradient that would ruin the weights.
+            _check_finite("norm of the gradient", float(norm), step, checkpoints)
+            optimizer.step()
+            # Now and not before the next gradient, so that the next forward pass has their memory.
+            optimizer.zero_grad(set_to_none=True)
+            taken = step + 1
+            if schedule.ema_decay:
+                # A short run would otherwise average in its first, untrained weights.
+                decay = min(schedule.ema_decay, taken / (10 + step))
+                with torch.no_grad():
+                    torch._foreach_lerp_(average, list[torch.Tensor](values), 1 - decay)
+            if on_step is not None:
+                on_step(step, value)
+            harm = None
+            if checks is not None and taken % checks.every == 0:
+                with _swapped(values, average):
+                    harm = checks.harm(taken)
+                done = checks.met(harm)
+            due = taken % schedule.checkpoint_every == 0 or taken == schedule.steps
+            if checkpoints is not None and (due or harm is not None or stopping()):
+                checkpoints.write(taken, run, _state(parameters, optimizer, average), harm=harm)
     with torch.no_grad():
         for item, mean in zip(values, average, strict=bool(average)):
             item.copy_(mean)
+
+
+@contextmanager
+def _swapped(values: list[nn.Parameter], average: list[torch.Tensor]) -> Iterator[None]:
+    """Have the averages in the model, and what was there in their place."""
+
+    def swap() -> None:
+        with torch.no_grad():
+            for item, mean in zip(values, average, strict=bool(average)):
+                before = item.clone()
+                item.copy_(mean)
+                mean.copy_(before)
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
 
 
 def _check_finite(what: str, value: float, step: int, checkpoints: Checkpoints | None) -> None:
@@ -187,3 +241,13 @@ def _check_run(stored: Checkpoint, now: dict[str, Any], schedule: Schedule) -> N
 
 def _difference(key: str, before: str, now: str) -> str:
     return f"{key} was {before} and is {now}" if len(before + now) <= 80 else f"{key} was another"
+
+
+@torch.no_grad()
+def take_(model: nn.Module, path: Path) -> None:
+    """Have a model be what it was at a checkpoint of its training."""
+    with open_checkpoint(path) as stored:
+        for name, item in model.named_parameters():
+            if f"value/{name}" in stored.names:
+                averaged = f"average/{name}" in stored.names
+                item.copy_(stored.get(f"{'average' if averaged else 'value'}/{name}"))

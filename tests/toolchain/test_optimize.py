@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch import nn
 
 from toolchain.checkpoints import Checkpoints
 from toolchain.errors import ToolchainError
-from toolchain.optimize import Schedule, optimize_
+from toolchain.interrupts import Stopped, stoppable
+from toolchain.optimize import Checks, Schedule, optimize_, take_
 
 SCHEDULE = Schedule(steps=10, learning_rate=0.1, warmup_steps=2, ema_decay=0.9, checkpoint_every=5)
 
@@ -31,13 +33,17 @@ def run(
     checkpoints: Checkpoints | None = None,
     fail_at: int | None = None,
     schedule: Schedule = SCHEDULE,
+    checks: Checks | None = None,
+    signal_at: int | None = None,
 ) -> nn.Linear:
     def loss_at(step: int) -> torch.Tensor:
+        if step == signal_at:
+            signal.raise_signal(signal.SIGTERM)
         batch = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
         factor = float("nan") if step == fail_at else 1.0
         return factor * model(batch).square().mean()
 
-    optimize_(model, loss_at, schedule, checkpoints=checkpoints)
+    optimize_(model, loss_at, schedule, checkpoints=checkpoints, checks=checks)
     return model
 
 
@@ -213,3 +219,75 @@ def test_the_rate_is_what_the_step_is_taken_with() -> None:
     model, start = fresh(), fresh().weight
     optimize_(model, lambda _: model.weight.sum(), schedule)
     torch.testing.assert_close(model.weight, start - 0.125)
+
+
+@pytest.mark.parametrize("signal_at", [0, 6, 9])
+def test_a_signal_ends_a_run_behind_its_step_and_it_goes_on_from_there(
+    signal_at: int, tmp_path: Path
+) -> None:
+    state = Checkpoints(directory=tmp_path)
+    with pytest.raises(Stopped, match="SIGTERM"), stoppable():
+        run(fresh(), state, signal_at=signal_at)
+    with state.latest() as stored:
+        assert stored is not None
+        assert stored.step == signal_at + 1
+    assert torch.equal(run(fresh(), state).weight, run(fresh()).weight)
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_check_sees_what_a_run_of_so_many_steps_ends_with(ema_decay: float | None, tmp_path: Path) -> None:
+    schedule = replace(SCHEDULE, ema_decay=ema_decay, cooldown=0.0)
+    model, seen = fresh(), {}
+
+    def harm(step: int) -> float:
+        seen[step] = model.weight.detach().clone()
+        return 1.0
+
+    checked = run(model, schedule=schedule, checks=Checks(every=4, harm=harm))
+    assert list(seen) == [4, 8]
+    assert all(
+        torch.equal(weight, run(fresh(), schedule=replace(schedule, steps=step)).weight)
+        for step, weight in seen.items()
+    )
+    assert torch.equal(checked.weight, run(fresh(), schedule=schedule).weight)
+
+
+def test_a_run_ends_as_soon_as_it_suffices_and_stays_ended(tmp_path: Path) -> None:
+    state = Checkpoints(directory=tmp_path)
+    looked: list[int] = []
+
+    def harm(step: int) -> float:
+        looked.append(step)
+        return 0.5 if step >= 4 else 2.0
+
+    checks = Checks(every=2, harm=harm, enough=0.5)
+    ended = run(fresh(), state, checks=checks)
+    again = run(fresh(), state, checks=checks)
+    assert looked == [2, 4]
+    assert torch.equal(ended.weight, again.weight)
+    with state.latest() as stored:
+        assert stored is not None
+        assert (stored.step, stored.harm) == (4, 0.5)
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_the_best_of_a_run_can_be_had_afterwards(ema_decay: float | None, tmp_path: Path) -> None:
+    state = Checkpoints(directory=tmp_path)
+    schedule = replace(SCHEDULE, ema_decay=ema_decay)
+    model, seen = fresh(), {}
+
+    def harm(step: int) -> float:
+        seen[step] = model.weight.detach().clone()
+        return abs(step - 4.0)
+
+    run(model, state, schedule=schedule, checks=Checks(every=2, harm=harm))
+    best = state.best()
+    assert best is not None
+    assert [path.name for path in state.paths()] == [best.name, "step-00000010.safetensors"]
+    take_(model, best)
+    assert torch.equal(model.weight, seen[4])
+
+
+def test_a_check_without_steps_between_is_refused() -> None:
+    with pytest.raises(ToolchainError, match="every 0 steps"):
+        Checks(every=0, harm=lambda _: 0.0)
