@@ -7,14 +7,12 @@ removed there is removed from there on. Pictures have to be painted from nothing
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +20,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from toolchain.artifacts import read_json, write_json
 from toolchain.errors import ToolchainError
 from toolchain.families.mmdit import MMDiT, Streams
 from toolchain.families.view import Model
 from toolchain.geometry import Geometry, Semantics, Unit
 from toolchain.metrics import PictureMetric, StateMetric
 from toolchain.metrics.velocity import Velocity
+from toolchain.pieces import Pieces
 from toolchain.plan import Harm, Sensitivity
 from toolchain.trajectories import States, sample_states
 
@@ -36,7 +34,6 @@ Removal = tuple[Unit, ...]
 OnStep = Callable[[], None]
 _Samples = npt.NDArray[np.float64]
 
-SETTINGS_FILE = "settings.json"
 BATCH_SIZE = 64
 """States at once; half as many pictures, for guidance doubles them."""
 
@@ -123,7 +120,7 @@ def analyze(
     if isinstance(metric, PictureMetric):
         metric.check(prompts)
     geometry, batch_size = model.geometry, _aligned(model, batch_size)
-    magnitude = tuple(_magnitude(block) for block in model.mmdit.blocks)
+    magnitude = magnitudes(model)
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     settings = {
         "num_prompts": len(prompts),
@@ -132,19 +129,19 @@ def analyze(
         "metric_options": metric.options,
         "generation": asdict(model.defaults),
     }
-    finished = _Work(
+    finished = Pieces(
         work,
         settings
         | {
             "model": model.source,
-            # Any change of the weights shows here, and none of the machine does.
-            "weights": [f"{value:.5g}" for value in magnitude],
+            "weights": fingerprint(magnitude),
             "metric": metric.name,
             "semantics": semantics,
             "components": components,
             "pairs": pairs,
             "batch_size": batch_size,
         },
+        work="an analysis",
     )
     wanted = removals(geometry, components=components, pairs=pairs)
     subject = _Subject(model, list(prompts), semantics, batch_size, finished, on_step or (lambda: None))
@@ -174,6 +171,16 @@ def analyze(
         similarity=similarity,
         magnitude=magnitude,
     )
+
+
+def magnitudes(model: Model) -> tuple[float, ...]:
+    """The root mean square of the weights of each block."""
+    return tuple(_magnitude(block) for block in model.mmdit.blocks)
+
+
+def fingerprint(magnitude: Iterable[float]) -> list[str]:
+    """What tells one model's weights from another's: any change shows here, and none of the machine does."""
+    return [f"{value:.5g}" for value in magnitude]
 
 
 @torch.no_grad()
@@ -261,47 +268,6 @@ class _Thinned:
         return self._view.sparse_block(index, names, self._semantics)
 
 
-class _Work:
-    """Finished pieces of an analysis, by name; on disk if there is a directory."""
-
-    def __init__(self, directory: Path | None, settings: dict[str, Any]) -> None:
-        self._directory = directory
-        self._pieces: dict[str, dict[str, Any]] = {}
-        if directory is None:
-            return
-        directory.mkdir(parents=True, exist_ok=True)
-        stored, settings = directory / SETTINGS_FILE, json.loads(json.dumps(settings))
-        if not stored.exists():
-            if any(directory.iterdir()):
-                raise ToolchainError(
-                    f"{directory} holds something, but no {SETTINGS_FILE} of an analysis; name another"
-                )
-            write_json(stored, settings)
-        found = read_json(stored)
-        other = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
-        if other:
-            raise ToolchainError(
-                f"{directory} holds an analysis with other settings: "
-                + "; ".join(f"{key} is {found.get(key)!r} there, {settings.get(key)!r} now" for key in other)
-                + ". Name another directory, or remove it to begin anew"
-            )
-
-    def __contains__(self, name: str) -> bool:
-        if name not in self._pieces and self._directory is not None:
-            path = self._directory / f"{name}.json"
-            if path.exists():
-                self._pieces[name] = read_json(path)
-        return name in self._pieces
-
-    def __getitem__(self, name: str) -> dict[str, Any]:
-        return self._pieces[name]
-
-    def __setitem__(self, name: str, piece: dict[str, Any]) -> None:
-        if self._directory is not None:
-            write_json(self._directory / f"{name}.json", piece)
-        self._pieces[name] = piece
-
-
 class _Subject:
     """A model under analysis; every finished piece of work is kept and not done again."""
 
@@ -311,7 +277,7 @@ class _Subject:
         prompts: list[str],
         semantics: Semantics,
         batch_size: int,
-        finished: _Work,
+        finished: Pieces,
         on_step: OnStep,
     ) -> None:
         self._model, self._prompts, self._semantics = model, prompts, semantics

@@ -69,14 +69,14 @@ class Checkpoints:
         with open_checkpoint(paths[-1]) as found:
             yield found
 
-    def best(self) -> Path | None:
-        """The one of least harm, the earliest of equals."""
-        judged = {}
+    def best(self) -> tuple[float, Path] | None:
+        """The least harm that was found and where, the earliest of equals."""
+        judged = []
         for path in self.paths():
             with open_checkpoint(path) as found:
                 if found.harm is not None:
-                    judged[path] = found.harm
-        return min(judged, key=lambda path: judged[path], default=None)
+                    judged.append((found.harm, path))
+        return min(judged, default=None)
 
     def write(
         self,
@@ -130,7 +130,7 @@ class Checkpoints:
             ) from error
         best = self.best()
         for old in self.paths()[: -self.keep]:
-            if old != best:
+            if best is None or old != best[1]:
                 old.unlink()
 
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from toolchain.analysis import Rescorer, analyze, num_units, velocity_errors
-from toolchain.artifacts import check_new_directory, new_directory, read_json, write_json
+from toolchain.analysis import Rescorer, analyze, fingerprint, magnitudes, num_units
+from toolchain.artifacts import check_new_directory, new_directory, read_json, sha256, write_json
 from toolchain.card import write_student_card
 from toolchain.checkpoints import Checkpoints
 from toolchain.distill import DistillRecipe, InTurn, distill_
 from toolchain.errors import ToolchainError
-from toolchain.evaluate import ShapesScore, evaluate_shapes, num_batches
 from toolchain.families.view import Model, save_model
+from toolchain.gate import Gate
 from toolchain.geometry import Semantics, Unit
+from toolchain.history import HISTORY_FILE, History, HistoryLog, history_to_json
+from toolchain.judge import Judge, Stage, write_grid
 from toolchain.losses import LossWeights
 from toolchain.metrics.velocity import Velocity
-from toolchain.optimize import Schedule
+from toolchain.optimize import Schedule, take_
+from toolchain.pieces import Pieces
 from toolchain.plan import (
     PLAN_FILE,
     SENSITIVITY_FILE,
@@ -27,6 +32,7 @@ from toolchain.plan import (
     RuleName,
     Sensitivity,
     StrengthMode,
+    plan_from_json,
     sensitivity_from_json,
     to_json,
     unmeasured,
@@ -35,7 +41,10 @@ from toolchain.progress import Bar
 from toolchain.prune import check_plan, prune
 from toolchain.rules import Budget, Options, build_plan, check_budget, format_units
 from toolchain.shapes.world import captions
+from toolchain.trackers import Tracker
 from toolchain.trajectories import States, sample_states
+from toolchain.tries import Tries, Try
+from toolchain.watch import PICTURES, Watch
 
 REPORT_FILE = "report.json"
 
@@ -63,6 +72,24 @@ class Recipe:
     steps: int = 500
     """Of distillation; 0 only prunes."""
     learning_rate: float = 7e-4
+    warmup: float = 0.05
+    """Share of the steps over which the rate rises."""
+    cooldown: float = 0.7
+    """As `Schedule` takes it, and `ema_decay` and `checkpoint_every`."""
+    ema_decay: float | None = None
+    checkpoint_every: int = 250
+    keep: int = 1
+    """Checkpoints, the last ones; the best stays besides."""
+    check_every: int | None = None
+    """Steps between looks at the student; None for none before the end."""
+    pictures: int = 16
+    """Painted at each look; 0 for none."""
+    gate: Gate | None = None
+    """What the student has to be worth. The first look that finds it so ends the training."""
+    step_back: float = 0.8
+    """Where the student fails the gate, this share of what was removed is removed at the next try."""
+    tries: int = 3
+    """At most."""
     batch_size: int = 64
     passes: int = 1
     """How often each state of the teacher's sampling is trained on."""
@@ -79,20 +106,6 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """The model after one stage."""
-
-    name: str
-    num_parameters: int
-    transformer_bytes: int
-    """As stored."""
-    velocity_error: float
-    """Mean relative squared error against the teacher, on states neither planned nor trained on."""
-    score: ShapesScore | None
-    """None where the model is of another world, or no score was asked for."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What was done and what it cost."""
 
@@ -104,10 +117,20 @@ class Outcome:
     ratio_reached: float
     flops_ratio_reached: float
     stages: tuple[Stage, ...]
+    gate: str | None
+    """What was asked for."""
+    tries: tuple[Try, ...]
+    """The last one is the student."""
 
 
 def decide(
-    model: Model, decision: Decision, prompts: Sequence[str], *, analysis: Path | None = None, bar: Bar
+    model: Model,
+    decision: Decision,
+    prompts: Sequence[str],
+    *,
+    analysis: Path | None = None,
+    work: Path | None = None,
+    bar: Bar,
 ) -> tuple[Sensitivity, CompressionPlan]:
     """Analyse a model as far as the rule needs it, and choose what goes.
 
@@ -116,6 +139,7 @@ def decide(
         decision: How.
         prompts: To measure on.
         analysis: A finished analysis, to be used in place of a new one.
+        work: As `analyze` takes it.
         bar: Starts progress bars.
 
     Raises:
@@ -142,6 +166,7 @@ def decide(
             prompts,
             seeds=seeds,
             semantics=decision.semantics,
+            work=work,
             on_step=bar("measuring what matters", total),
         )
     options, choosing = decision.options, None
@@ -199,12 +224,14 @@ def compress_model(
     prompts: Path | None = None,
     analysis: Path | None = None,
     plan: CompressionPlan | None = None,
+    trackers: Sequence[str] = (),
     bar: Bar,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
-    """Write a student of a model, with its plan, the analysis behind it and a report.
+    """Write a student of a model, with its plan, the analysis behind it, its history and a report.
 
-    The state of distillation lies in `OUTPUT.work` until the student is written, so that the same call made
-    again after an interruption goes on from there.
+    What is finished lies in `OUTPUT.work` until the student is written, so that the same call made again
+    after an interruption goes on from there.
 
     Args:
         teacher: Left as it is, save the precision of what it shares with its student.
@@ -213,73 +240,203 @@ def compress_model(
         prompts: Text file with a prompt a line; None takes the captions of the model's own world.
         analysis: A finished analysis, to be used in place of a new one.
         plan: Made before; None decides as the recipe says.
+        trackers: By the names accelerate has for them; those that write files do so in `OUTPUT.logs`.
         bar: Starts progress bars.
+        say: Called with what a person will want to know before the end.
 
     Raises:
         ToolchainError: Something asked for cannot be had; nothing has been written then.
     """
     check_new_directory(output)
-    sensitivity = None
-    sets = prompt_sets(teacher, recipe, prompts)
-    if plan is None:
-        sensitivity, plan = decide(teacher, recipe.decision, sets.analysed, analysis=analysis, bar=bar)
-    check_plan(teacher, plan)
-    judged = sample(teacher, sets.judged, recipe.seed + 1, "sampling for the check", bar)
-    stages = [_stage("original", teacher, judged, recipe, bar)]
-
-    student = prune(teacher, plan, share_prefix=True)
-    stages.append(_stage("pruned", student, judged, recipe, bar))
-
     work = output.with_name(f"{output.name}.work")
-    if recipe.steps:
-        taught = sample(teacher, sets.taught, recipe.seed + 3, "sampling to distil on", bar)
-        advance = bar("distilling", recipe.steps)
-        schedule = Schedule(
-            steps=recipe.steps,
-            learning_rate=recipe.learning_rate,
-            warmup_steps=recipe.steps // 20,
-            cooldown=0.7,
+    sets = prompt_sets(teacher, recipe, prompts)
+    settings = _settings(teacher, recipe.decision, sets, analysis, plan)
+    plans = Pieces(work / "plans", settings, work="plans")
+    # What was removed by hand is not for us to put back.
+    by_hand = plan is not None or recipe.decision.budget is None
+    tries = Tries(work, settings | _facts(recipe), gate=recipe.gate, most=1 if by_hand else recipe.tries)
+
+    def planned() -> tuple[Sensitivity | None, CompressionPlan]:
+        if plan is not None:
+            check_plan(teacher, plan)
+            return None, plan
+        name = f"try-{len(tries.made) + 1}"
+        if name not in plans:
+            decision = _stepped_back(recipe, len(tries.made), teacher)
+            pieces = work / "analysis"
+            made = decide(teacher, decision, sets.analysed, analysis=analysis, work=pieces, bar=bar)
+            plans[name] = {"sensitivity": to_json(made[0]), "plan": to_json(made[1])}
+        return sensitivity_from_json(plans[name]["sensitivity"]), plan_from_json(plans[name]["plan"])
+
+    def listening() -> list[Tracker]:
+        run = "-".join((output.name, *(f"try-{len(tries.made) + 1}" for _ in tries.made[:1])))
+        return [Tracker(name, run, output.with_name(f"{output.name}.logs")) for name in trackers]
+
+    listening()  # before any work, for what it may refuse
+    sensitivity, chosen = planned()
+    judge = Judge(
+        teacher,
+        sample(teacher, sets.judged, recipe.seed + 1, "sampling for the check", bar),
+        sets.judged,
+        gate=recipe.gate,
+        captions_per_task=recipe.captions_per_task,
+        seed=recipe.seed,
+    )
+    original = judge("original", teacher, bar)
+    taught = None
+    while True:
+        student, steps, history = prune(teacher, chosen, share_prefix=True), 0, None
+        stages = [original, judge("pruned", student, bar)]
+        if recipe.steps:
+            if taught is None:
+                taught = sample(teacher, sets.taught, recipe.seed + 3, "sampling to distil on", bar)
+            steps, history, stage = _distil(
+                teacher,
+                student,
+                chosen,
+                taught,
+                recipe,
+                judge=judge,
+                place=tries.directory,
+                trackers=listening(),
+                bar=bar,
+            )
+            stages.append(stage)
+        pictures = tries.directory / PICTURES
+        if not tries.add(chosen, steps, stages[-1].gate):
+            break
+        before = chosen
+        sensitivity, chosen = planned()
+        say(
+            f"the gate {recipe.gate} was not passed ({stages[-1].gate:.4g}): the plan steps back, from "
+            f"{before.ratio_reached:.1%} of the parameters removed to {chosen.ratio_reached:.1%}"
         )
-        distill_(
-            teacher,
-            student,
-            plan,
-            taught,
-            DistillRecipe(
-                schedule=schedule,
-                batch_size=recipe.batch_size,
-                seed=recipe.seed,
-                losses=recipe.losses,
-                checkpointing=recipe.checkpointing,
-            ),
-            cache_prefix=work / "prefix.safetensors" if recipe.cache_prefix else None,
-            in_turn=None if recipe.turn is None else InTurn(steps=recipe.turn, directory=work),
-            checkpoints=Checkpoints(directory=work / "checkpoints"),
-            on_step=lambda _, loss: advance(note=f"loss {loss:.4f}"),
-        )
-        # What was trained is float32; the rest, and with it the student as a whole, is what the teacher is.
-        student.pipeline.transformer.to(teacher.pipeline.transformer.dtype).eval()
-        stages.append(_stage("distilled", student, judged, recipe, bar))
 
     outcome = Outcome(
         model=teacher.source,
         student=str(output),
-        rule=plan.rule,
-        removed=format_units(plan.removed),
-        ratio_reached=plan.ratio_reached,
-        flops_ratio_reached=plan.flops_ratio_reached,
+        rule=chosen.rule,
+        removed=format_units(chosen.removed),
+        ratio_reached=chosen.ratio_reached,
+        flops_ratio_reached=chosen.flops_ratio_reached,
         stages=tuple(stages),
+        gate=None if recipe.gate is None else str(recipe.gate),
+        tries=tuple(tries.made),
     )
     with new_directory(output) as directory:
         save_model(student, directory)
         write_student_card(teacher, directory)
-        write_json(directory / PLAN_FILE, to_json(plan))
+        write_json(directory / PLAN_FILE, to_json(chosen))
         if sensitivity is not None:
             write_json(directory / SENSITIVITY_FILE, to_json(sensitivity))
+        if history is not None:
+            write_json(directory / HISTORY_FILE, history_to_json(history))
+        if pictures.exists():
+            shutil.copytree(pictures, directory / PICTURES)
         facts = asdict(replace(recipe, decision=replace(recipe.decision, options=Options())))
-        write_json(directory / REPORT_FILE, {"schema_version": 2, "recipe": facts, **asdict(outcome)})
+        write_json(directory / REPORT_FILE, {"schema_version": 3, "recipe": facts, **asdict(outcome)})
     shutil.rmtree(work, ignore_errors=True)
     return outcome
+
+
+def _distil(
+    teacher: Model,
+    student: Model,
+    plan: CompressionPlan,
+    taught: States,
+    recipe: Recipe,
+    *,
+    judge: Judge,
+    place: Path,
+    trackers: list[Tracker],
+    bar: Bar,
+) -> tuple[int, History, Stage]:
+    """Distil a student, and have it be the best that it was."""
+    schedule = Schedule(
+        steps=recipe.steps,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=int(recipe.warmup * recipe.steps),
+        cooldown=recipe.cooldown,
+        ema_decay=recipe.ema_decay,
+        checkpoint_every=recipe.checkpoint_every,
+    )
+    checkpoints = Checkpoints(directory=place / "checkpoints", keep=recipe.keep)
+    watch = Watch(
+        student=student,
+        judge=judge,
+        gate=recipe.gate,
+        schedule=schedule,
+        batch_size=recipe.batch_size,
+        num_pictures=recipe.pictures,
+        log=HistoryLog(place / "history.jsonl"),
+        pictures=place / PICTURES,
+        trackers=trackers,
+        advance=bar("distilling", recipe.steps, unit="states", each=recipe.batch_size),
+    )
+    if recipe.check_every and recipe.pictures:
+        write_grid(place / PICTURES / "original.png", judge.paint(teacher, recipe.pictures))
+    steps = distill_(
+        teacher,
+        student,
+        plan,
+        taught,
+        DistillRecipe(
+            schedule=schedule,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            losses=recipe.losses,
+            checkpointing=recipe.checkpointing,
+        ),
+        cache_prefix=place / "prefix.safetensors" if recipe.cache_prefix else None,
+        in_turn=None if recipe.turn is None else InTurn(steps=recipe.turn, directory=place),
+        checkpoints=checkpoints,
+        checks=watch.checks(recipe.check_every) if recipe.check_every else None,
+        on_step=watch.step,
+    )
+    history = watch.finish(steps)
+    # What was trained is float32; the rest, and with it the student as a whole, is what the teacher is.
+    student.pipeline.transformer.to(teacher.pipeline.transformer.dtype).eval()
+    stage = judge("distilled", student, bar)
+    best = checkpoints.best()
+    if best is not None and best[0] < watch.harm(stage):
+        steps = take_(student.pipeline.transformer, best[1])
+        stage = judge("distilled", student, bar)
+    return steps, history, stage
+
+
+def _stepped_back(recipe: Recipe, failed: int, teacher: Model) -> Decision:
+    """What to decide after so many plans that removed too much."""
+    budget = recipe.decision.budget
+    if budget is None or not failed:
+        return recipe.decision
+    return replace(recipe.decision, budget=budget.eased(recipe.step_back**failed, teacher.geometry))
+
+
+def _settings(
+    teacher: Model, decision: Decision, sets: PromptSets, analysis: Path | None, plan: CompressionPlan | None
+) -> dict[str, Any]:
+    """What plans depend on, by names a message can use."""
+    options = asdict(decision.options) | {"units": format_units(decision.options.units)}
+    return {
+        "model": teacher.source,
+        "weights": fingerprint(magnitudes(teacher)),
+        "generation": asdict(teacher.defaults),
+        **({} if decision.budget is None else decision.budget.asked),
+        "rule": decision.rule,
+        **{name: value for name, value in options.items() if name != "rescore"},
+        "semantics": decision.semantics,
+        "strengths": decision.strengths,
+        "decision_seed": decision.seed,
+        "prompts": hashlib.sha256("\n".join(sets.analysed).encode()).hexdigest(),
+        "analysis": None if analysis is None else sha256(analysis),
+        "plan": None if plan is None else format_units(plan.removed),
+    }
+
+
+def _facts(recipe: Recipe) -> dict[str, Any]:
+    """What else the outcome of a try depends on."""
+    idle = ("decision", "checkpoint_every", "keep", "pictures", "tries")
+    return {name: value for name, value in asdict(recipe).items() if name not in idle}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,22 +509,3 @@ def sample(model: Model, prompts: Sequence[str], seed: int, name: str, bar: Bar)
     batch_size = 32
     advance = bar(name, -(-len(prompts) // batch_size) * model.defaults.num_inference_steps)
     return sample_states(model, list(prompts), seed=seed, batch_size=batch_size, on_step=advance)
-
-
-def _stage(name: str, model: Model, judged: States, recipe: Recipe, bar: Bar) -> Stage:
-    score = None
-    if model.world is not None and recipe.captions_per_task:
-        advance = bar(f"ShapesEval, {name}", num_batches(recipe.captions_per_task))
-        score = evaluate_shapes(
-            model,
-            num_per_task=recipe.captions_per_task,
-            seed=recipe.seed,
-            on_batch=advance,
-        )
-    return Stage(
-        name=name,
-        num_parameters=model.num_parameters,
-        transformer_bytes=model.num_parameters * model.stored_dtype.itemsize,
-        velocity_error=float(velocity_errors(model.mmdit, judged).mean()),
-        score=score,
-    )

@@ -94,7 +94,7 @@ def distill_(
     checkpoints: Checkpoints | None = None,
     checks: Checks | None = None,
     on_step: Callable[[int, float], None] | None = None,
-) -> None:
+) -> int:
     """Train a student's weights in place, each as strongly as the plan says.
 
     Everything runs on the device of the weights that learn. Weights that rest (`cache_prefix`, `in_turn`) may
@@ -113,6 +113,9 @@ def distill_(
         in_turn: Let the teacher leave memory while the student learns.
         checkpoints: As `optimize_` takes it, and `checks`.
         on_step: Called with the step's number and its loss.
+
+    Returns:
+        As `optimize_` does.
 
     Raises:
         ToolchainError: The student is not of this teacher and plan, the cache or the checkpoint is of another
@@ -140,7 +143,7 @@ def distill_(
             batch = lesson.batch(states, lesson.rows(states, step))
             return lesson.loss(batch, answer(step, batch))
 
-        optimize_(
+        return optimize_(
             lesson.student.transformer,
             loss_at,
             recipe.schedule,

@@ -73,7 +73,7 @@ def optimize_(
     checkpoints: Checkpoints | None = None,
     checks: Checks | None = None,
     on_step: Callable[[int, float], None] | None = None,
-) -> None:
+) -> int:
     """Train a model's unfrozen parameters in place with AdamW.
 
     A signal to end is held back until the step is taken and, where there are checkpoints, saved.
@@ -90,6 +90,9 @@ def optimize_(
         checkpoints: Where the state lies between steps: the last one is continued from.
         checks: Looks at the model from time to time, and may find that it suffices.
         on_step: Called with the step's number and its loss.
+
+    Returns:
+        Steps the model has behind it: fewer than scheduled if it was found to suffice.
 
     Raises:
         ToolchainError: The loss or its gradient is no longer finite, or the checkpoint is another run's,
@@ -109,15 +112,15 @@ def optimize_(
     )
     average = [item.detach().clone() for item in values] if schedule.ema_decay else []
     run = json.loads(json.dumps({"schedule": asdict(schedule), **(belongs_to or {})}))
-    start, done = 0, False
+    taken, done = 0, False
     if checkpoints is not None:
         with checkpoints.latest() as stored:
             if stored is not None:
                 _check_run(stored, run, schedule)
                 _load_(stored, parameters, optimizer, average)
-                start, done = stored.step, checks is not None and checks.met(stored.harm)
+                taken, done = stored.step, checks is not None and checks.met(stored.harm)
     with held() as stopping:
-        for step in range(start, schedule.steps):
+        for step in range(taken, schedule.steps):
             if done or stopping():
                 break
             for group in optimizer.param_groups:
@@ -151,6 +154,7 @@ def optimize_(
     with torch.no_grad():
         for item, mean in zip(values, average, strict=bool(average)):
             item.copy_(mean)
+    return taken
 
 
 @contextmanager
@@ -244,10 +248,11 @@ def _difference(key: str, before: str, now: str) -> str:
 
 
 @torch.no_grad()
-def take_(model: nn.Module, path: Path) -> None:
-    """Have a model be what it was at a checkpoint of its training."""
+def take_(model: nn.Module, path: Path) -> int:
+    """Have a model be what it was at a checkpoint of its training, and say after how many steps that was."""
     with open_checkpoint(path) as stored:
         for name, item in model.named_parameters():
             if f"value/{name}" in stored.names:
                 averaged = f"average/{name}" in stored.names
                 item.copy_(stored.get(f"{'average' if averaged else 'value'}/{name}"))
+        return stored.step

@@ -92,6 +92,16 @@ class Budget:
         assert self.max_bytes is not None
         return math.floor(self.max_bytes * 8 / self.bits)
 
+    def eased(self, share: float, geometry: Geometry) -> Budget:
+        """One that removes only a share of what this one does."""
+        if self.ratio is not None:
+            return replace(self, ratio=share * self.ratio)
+        if self.max_flops is not None:
+            return replace(self, max_flops=1 - share * (1 - self.max_flops))
+        total = self.cost(geometry.size)
+        stays = total - share * (total - self.limit(geometry))
+        return replace(self, max_bytes=math.ceil(stays * self.bits / 8))
+
     def needed(self, geometry: Geometry) -> float:
         """The share that has to go: `ratio`, or what amounts to it; of FLOPs for `max_flops`."""
         return self.ratio or 1 - self.limit(geometry) / self.cost(geometry.size)

@@ -48,7 +48,7 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     for step, harm in [(1, None), (2, 0.3), (3, 0.1), (4, None), (5, 0.1), (6, 0.2)]:
         kept.write(step, {}, TENSORS, harm=harm)
     assert names(tmp_path) == [f"step-0000000{step}.safetensors" for step in (3, 5, 6)]
-    assert kept.best() == tmp_path / "step-00000003.safetensors"
+    assert kept.best() == (0.1, tmp_path / "step-00000003.safetensors")
 
 
 def test_a_tensor_is_made_whole_when_its_turn_comes(tmp_path: Path) -> None:

@@ -283,8 +283,8 @@ def test_the_best_of_a_run_can_be_had_afterwards(ema_decay: float | None, tmp_pa
     run(model, state, schedule=schedule, checks=Checks(every=2, harm=harm))
     best = state.best()
     assert best is not None
-    assert [path.name for path in state.paths()] == [best.name, "step-00000010.safetensors"]
-    take_(model, best)
+    assert [path.name for path in state.paths()] == [best[1].name, "step-00000010.safetensors"]
+    assert take_(model, best[1]) == 4
     assert torch.equal(model.weight, seen[4])
 
 

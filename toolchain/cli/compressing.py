@@ -12,6 +12,7 @@ from rich.table import Table
 
 from profiles.schema import load_profile
 from toolchain.cli.shell import (
+    GATE_EXIT,
     Json,
     NumPrompts,
     Prompts,
@@ -23,6 +24,7 @@ from toolchain.cli.shell import (
     bars,
     console,
     emit,
+    fail,
     name_of,
     print_,
     remember,
@@ -229,6 +231,28 @@ def compress(
         int | None,
         typer.Option(help="Let teacher and student take turns in memory, each of so many steps.", min=1),
     ] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(help="Decay of the averaged weights the student is made of; default: the last ones."),
+    ] = None,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Steps after which a run that was stopped can go on.", min=1)
+    ] = 250,
+    check_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between looks at the student: its numbers, and pictures.", min=1),
+    ] = None,
+    gate: Annotated[
+        str | None,
+        typer.Option(
+            help="What it has to be worth: shapes>=0.95, velocity<=0.02, or so. A look that "
+            "finds it so ends the training; if the end does not, less is removed and it is tried again."
+        ),
+    ] = None,
+    tracker: Annotated[
+        list[str] | None,
+        typer.Option(help="Where numbers and pictures go besides: tensorboard, wandb, ... Repeatable."),
+    ] = None,
     precision: WeightsIn = "float32",
     seed: Seed = 0,
     output: Annotated[
@@ -244,6 +268,7 @@ def compress(
     from toolchain.artifacts import check_new_directory, read_json
     from toolchain.compress import Recipe, compress_model
     from toolchain.families import open_model
+    from toolchain.gate import parse_gate
     from toolchain.losses import LossWeights
     from toolchain.plan import plan_from_json
 
@@ -275,16 +300,31 @@ def compress(
         checkpointing=checkpointing,
         cache_prefix=cache_prefix,
         turn=turn,
+        ema_decay=ema,
+        checkpoint_every=checkpoint_every,
+        check_every=check_every,
+        gate=None if gate is None else parse_gate(gate),
         seed=seed,
         captions_per_task=per_task,
     )
     given = None if plan is None else plan_from_json(read_json(plan))
     with bars() as bar:
         outcome = compress_model(
-            opened, recipe, student, prompts=prompts, analysis=analysis, plan=given, bar=bar
+            opened,
+            recipe,
+            student,
+            prompts=prompts,
+            analysis=analysis,
+            plan=given,
+            trackers=tracker or (),
+            bar=bar,
+            say=console.print,
         )
     remember(student=student)
     emit(asdict(outcome), as_json, lambda: _show_outcome(outcome, student))
+    if outcome.tries[-1].passed is False:
+        reached = outcome.tries[-1].gate
+        fail(f"{student} was written, but did not pass its gate {outcome.gate}: {reached:.4g}", GATE_EXIT)
 
 
 @app.command()

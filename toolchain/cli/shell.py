@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,23 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from deploy.errors import DeployError
 from export.errors import ExportError
 from profiles.schema import ProfileError
 from toolchain.errors import ToolchainError
+from toolchain.interrupts import Stopped, stoppable
+from toolchain.progress import Bar
 
 app = typer.Typer(
     help="Make a text-to-image diffusion transformer small enough for your device, and run it there.",
@@ -27,6 +39,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 console = Console(stderr=True)
+_SAY_EVERY = 60.0
+"""Seconds."""
+GATE_EXIT, STOPPED_EXIT = 3, 75
+"""Of a student that was written but is not worth what was asked for, and of work that a signal ended. 75 is
+what other programs mean by it as well: give the same command again."""
 # What a missing import means to a user: the extra that brings it.
 _EXTRA_OF = {
     **dict.fromkeys(
@@ -65,20 +82,22 @@ WithoutT5 = Annotated[
 
 
 def main() -> None:
-    """Run the command line; the user's errors end in one message and exit code 2."""
+    """Run the command line; the user's errors end in one message and exit code 2, a signal in 75."""
     # What these libraries advise is meant for who calls them, and of no use to who types a command.
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         app()
     except (ToolchainError, ExportError, DeployError, ProfileError) as error:
-        _fail(str(error))
+        fail(str(error))
+    except Stopped as stopped:
+        fail(f"stopped by {stopped}; what was finished is kept, and the same command goes on", STOPPED_EXIT)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRA_OF:
             raise
         extra = _EXTRA_OF[package]
-        _fail(f"this command needs {package}, which is not installed: pip install 'hptool[{extra}]'")
+        fail(f"this command needs {package}, which is not installed: pip install 'hptool[{extra}]'")
 
 
 def print_(what: Any) -> None:
@@ -87,9 +106,9 @@ def print_(what: Any) -> None:
     Console(highlight=False).print(what, soft_wrap=isinstance(what, str))
 
 
-def _fail(message: str) -> None:
-    sys.stderr.write(f"error: {message}\n")
-    sys.exit(2)
+def fail(message: str, code: int = 2) -> None:
+    sys.stderr.write(f"error: {message}\n" if code == 2 else f"{message}\n")
+    sys.exit(code)
 
 
 def emit(data: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
@@ -99,27 +118,49 @@ def emit(data: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
         show()
 
 
+class _Throughput(ProgressColumn):
+    """What a bar does a second, where its steps are all alike."""
+
+    def render(self, task: Task) -> Text:
+        unit, each = task.fields["unit"], task.fields["each"]
+        speed = task.finished_speed or task.speed
+        return Text(f"{each * speed:.3g} {unit}/s" if unit and speed else "")
+
+
 @contextmanager
-def bars() -> Iterator[Callable[[str, int], Callable[..., None]]]:
-    """Progress bars on standard error: yields a function that adds one and returns how to advance it."""
+def bars() -> Iterator[Bar]:
+    """Progress bars on standard error: yields what starts them. Long work under them can be stopped.
+
+    Where nobody looks, on what is no terminal, a line a minute says how far it is.
+    """
     columns = (
         TextColumn("{task.description:<28}"),
         *(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True)),
-        TextColumn("{task.fields[note]}"),
+        *(_Throughput(), TextColumn("{task.fields[note]}")),
     )
     progress = Progress(*columns, console=console)
+    said = time.monotonic()
 
-    def add(description: str, total: int) -> Callable[..., None]:
+    def add(description: str, total: int, /, *, unit: str = "", each: int = 1) -> Callable[..., None]:
         progress.start()  # not before there is a bar: even an empty display prints a line
-        task = progress.add_task(description, total=total, note="")
+        number = progress.add_task(description, total=total, note="", unit=unit, each=each)
+        task = progress.tasks[-1]
 
-        def advance(*_: object, note: str = "") -> None:
-            progress.update(task, advance=1, note=note)
+        def advance(*_: object, note: str = "", done: int | None = None) -> None:
+            nonlocal said
+            if done is not None and done > task.completed + 1:
+                # Begun again from there, or what was done before would count as done just now.
+                progress.reset(number, completed=done - 1)
+            progress.update(number, advance=1, note=note)
+            if not console.is_terminal and time.monotonic() - said > _SAY_EVERY:
+                said = time.monotonic()
+                console.print(description, *(column.render(task) for column in columns[2:]))
 
         return advance
 
     try:
-        yield add
+        with stoppable():
+            yield add
     finally:
         if progress.tasks:
             progress.stop()
