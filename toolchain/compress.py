@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -375,28 +376,28 @@ def _distil(
     )
     if recipe.check_every and recipe.pictures:
         write_grid(place / PICTURES / "original.png", judge.paint(teacher, recipe.pictures))
-    steps = distill_(
-        teacher,
-        student,
-        plan,
-        taught,
-        DistillRecipe(
-            schedule=schedule,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            losses=recipe.losses,
-            checkpointing=recipe.checkpointing,
-        ),
-        cache_prefix=place / "prefix.safetensors" if recipe.cache_prefix else None,
-        in_turn=None if recipe.turn is None else InTurn(steps=recipe.turn, directory=place),
-        checkpoints=checkpoints,
-        checks=watch.checks(recipe.check_every) if recipe.check_every else None,
-        on_step=watch.step,
-    )
-    history = watch.finish(steps)
+    with closing(watch):
+        steps = distill_(
+            teacher,
+            student,
+            plan,
+            taught,
+            DistillRecipe(
+                schedule=schedule,
+                batch_size=recipe.batch_size,
+                seed=recipe.seed,
+                losses=recipe.losses,
+                checkpointing=recipe.checkpointing,
+            ),
+            cache_prefix=place / "prefix.safetensors" if recipe.cache_prefix else None,
+            in_turn=None if recipe.turn is None else InTurn(steps=recipe.turn, directory=place),
+            checkpoints=checkpoints,
+            checks=watch.checks(recipe.check_every) if recipe.check_every else None,
+            on_step=watch.step,
+        )
     # What was trained is float32; the rest, and with it the student as a whole, is what the teacher is.
     student.pipeline.transformer.to(teacher.pipeline.transformer.dtype).eval()
-    stage = judge("distilled", student, bar)
+    stage, history = judge("distilled", student, bar), watch.log.read(steps)
     best = checkpoints.best()
     if best is not None and best[0] < watch.harm(stage):
         steps = take_(student.pipeline.transformer, best[1])

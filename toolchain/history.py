@@ -108,10 +108,5 @@ class HistoryLog:
         )
 
     def _append(self, item: dict[str, Any]) -> None:
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(item) + "\n")
-        except OSError as error:
-            raise ToolchainError(
-                f"cannot write {self._path}: {error}; mend that, and give the same command again"
-            ) from error
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(item) + "\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from toolchain.families.view import Model
 from toolchain.gate import Gate
-from toolchain.history import Check, History, HistoryLog
+from toolchain.history import Check, HistoryLog
 from toolchain.judge import Judge, Stage, write_grid
 from toolchain.optimize import Checks, Schedule
 from toolchain.trackers import Tracker
@@ -61,11 +61,10 @@ class Watch:
             return stage.velocity_error
         return self.gate.harm(stage.gate)
 
-    def finish(self, steps: int) -> History:
-        """Let trackers write what they hold; the history of so many steps."""
+    def close(self) -> None:
+        """Let trackers write what they hold."""
         for tracker in self.trackers:
             tracker.finish()
-        return self.log.read(steps)
 
     def _check(self, step: int) -> float:
         found = self.judge(f"step {step}", self.student)

@@ -27,6 +27,7 @@ from rich.text import Text
 from deploy.errors import DeployError
 from export.errors import ExportError
 from profiles.schema import ProfileError
+from toolchain.artifacts import is_full
 from toolchain.errors import ToolchainError
 from toolchain.interrupts import Stopped, stoppable
 from toolchain.progress import Bar
@@ -98,6 +99,10 @@ def main() -> None:
             raise
         extra = _EXTRA_OF[package]
         fail(f"this command needs {package}, which is not installed: pip install 'hptool[{extra}]'")
+    except Exception as error:
+        if not is_full(error):
+            raise
+        fail(f"the disk is full ({error}); make room, and give the same command again")
 
 
 def print_(what: Any) -> None:
