@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from toolchain import interrupts
 from toolchain.checkpoints import Checkpoint, Checkpoints, open_checkpoint
 from toolchain.errors import ToolchainError
-from toolchain.interrupts import held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ def optimize_(
                 _check_run(stored, run, schedule)
                 _load_(stored, parameters, optimizer, average)
                 taken, done = stored.step, checks is not None and checks.met(stored.harm)
-    with held() as stopping:
+    with interrupts.held() as stopping:
         for step in range(taken, schedule.steps):
             if done or stopping():
                 break

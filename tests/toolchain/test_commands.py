@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from toolchain import cli, compress
 from toolchain.artifacts import read_json
 from toolchain.families import open_model
+from toolchain.history import history_from_json
 from toolchain.plan import plan_from_json, sensitivity_from_json
 from toolchain.rules import format_units
 from toolchain.shapes.world import TASKS
@@ -170,9 +171,10 @@ def test_compress_writes_a_student_with_its_plan(
     model = open_model(str(student))
     assert model.num_parameters == plan.reached.parameters == outcome["stages"][-1]["num_parameters"]
     report = read_json(student / "report.json")
-    assert (report["schema_version"], report["recipe"]["steps"]) == (2, 3)
+    assert (report["schema_version"], report["recipe"]["steps"]) == (3, 3)
     assert report["recipe"]["decision"]["budget"]["ratio"] == 0.2
     assert {name: report[name] for name in outcome} == outcome
+    assert len(history_from_json(read_json(student / "history.json")).losses) == 3
     assert sorted(path.name for path in Path().iterdir()) == [".hptool.json", "tiny-student"]
 
 
