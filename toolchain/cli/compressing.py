@@ -69,6 +69,31 @@ ProtectLast = Annotated[int | None, typer.Option(help="The same at the end.")]
 OfGrain = Annotated[Grain, typer.Option(help="What the rule hpp-iterative removes.")]
 
 
+def _follow(context: typer.Context, recipe: str | None) -> str | None:
+    """Have a recipe speak for every option that is not given by hand."""
+    if recipe is not None:
+        from recipes.schema import load_recipe
+
+        context.default_map = load_recipe(recipe).options
+    return recipe
+
+
+def _given_by_hand(context: typer.Context) -> set[str]:
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+OfRecipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="One of `hptool recipes`, or a .toml file: it says what is not given by hand.",
+        is_eager=True,
+        callback=_follow,
+    ),
+]
+
+
 @app.command()
 def analyze(
     model: Source = "shapes",
@@ -190,7 +215,9 @@ def plan(
 
 @app.command()
 def compress(
+    context: typer.Context,
     model: Source = "shapes",
+    recipe: OfRecipe = None,
     ratio: Ratio = None,
     max_bytes: MaxBytes = None,
     bits: Bits = 16,
@@ -249,6 +276,9 @@ def compress(
 
     student = output or Path(f"{name_of(model)}-student")
     check_new_directory(student)
+    if by_hand := _given_by_hand(context) & {"ratio", "max_bytes", "max_flops", "remove", "target", "plan"}:
+        # One of them says what goes: given by hand, it takes the place of another one in a recipe.
+        ratio, remove = ratio if "ratio" in by_hand else None, remove if "remove" in by_hand else None
     if target is not None:
         if any(item is not None for item in (ratio, max_bytes, max_flops, remove, plan)):
             raise ToolchainError("--target chooses the ratio, so it takes no other limit and no plan")
@@ -266,7 +296,7 @@ def compress(
         (ratio, max_bytes, bits, max_flops),
         (rule, remove, strengths, semantics, num_prompts, seed),
     )
-    recipe = Recipe(
+    work = Recipe(
         decision=decision,
         steps=steps,
         learning_rate=learning_rate,
@@ -281,7 +311,7 @@ def compress(
     given = None if plan is None else plan_from_json(read_json(plan))
     with bars() as bar:
         outcome = compress_model(
-            opened, recipe, student, prompts=prompts, analysis=analysis, plan=given, bar=bar
+            opened, work, student, prompts=prompts, analysis=analysis, plan=given, bar=bar
         )
     remember(student=student)
     emit(asdict(outcome), as_json, lambda: _show_outcome(outcome, student))
