@@ -50,8 +50,8 @@ class Estimate:
 
     @property
     def sharded_bytes(self) -> int:
-        """Of each of `SHARDS` devices with one state, prefix shared; not counted is the block that is gathered
-        from all of them while it computes."""
+        """Of each of `SHARDS` devices with one state, the prefix shared; the block that is being
+        computed, there as a whole, is not counted."""
         held = self.memory["shared"]
         own = held.activations + held.teacher_features
         return own + (held.total - own) // SHARDS
@@ -108,13 +108,12 @@ def estimate(recipe: Recipe) -> Estimate:
     removals = sum(
         (1 + len(block.components)) * sum(blocks[index:]) for index, block in enumerate(geometry.blocks)
     )
+    analysis = recipe.num_prompts * model.passes * (whole + removals)
     return Estimate(
         plan=plan,
         memory=memory,
         state_bytes=again,
-        analysis_flops=recipe.num_prompts * model.passes * (whole + removals)
-        if recipe.remove is None
-        else 0.0,
+        analysis_flops=analysis if recipe.remove is None else 0.0,
         teaching_flops=states * (whole + tail + learning),
         two_model_flops=states * (whole + student + learning),
     )
@@ -161,7 +160,7 @@ def plan_of(recipe: Recipe, geometry: Geometry) -> CompressionPlan:
     )
     if recipe.ratio is not None and plan.ratio_reached < recipe.ratio:
         raise ToolchainError(
-            f"the recipe {recipe.name} is to remove {recipe.ratio:.3f} of {recipe.model}, but what it assumes "
-            f"to go is only {plan.ratio_reached:.3f}; let assumes name more"
+            f"the recipe {recipe.name} is to remove {recipe.ratio:.3f} of {recipe.model}, but what it "
+            f"assumes to go is only {plan.ratio_reached:.3f}; let assumes name more"
         )
     return plan

@@ -8,8 +8,9 @@ from recipes.schema import Recipe, available_recipes, load_recipe
 
 __all__ = ["HEADINGS", "cells", "recipes_markdown"]
 
-HEADINGS = ("recipe", "settings", "removes", "parameters, 10^9", "GiB", "sharded", "a state more") + tuple(
-    f"{gpu.upper()}-hours" for gpu in GPUS
+HEADINGS = (
+    *("recipe", "settings", "removes", "parameters, 10^9", "GiB", "sharded", "a state more"),
+    *(f"{gpu.upper()}-hours" for gpu in GPUS),
 )
 
 
@@ -28,15 +29,13 @@ def recipes_markdown() -> str:
 def cells(recipe: Recipe, found: Estimate) -> tuple[str, ...]:
     """A recipe's row under `HEADINGS`."""
     size = found.plan.reached.parameters
+    memory = (found.memory["shared"].total, found.sharded_bytes, found.state_bytes)
     hours = found.hours(found.analysis_flops + found.teaching_flops)
     return (
         recipe.name,
         recipe.description,
         f"{'about ' if recipe.remove is None else ''}{found.plan.ratio_reached:.1%}",
         f"{size / 1e9:.2f}",
-        *(
-            f"{size / 2**30:.1f}"
-            for size in (found.memory["shared"].total, found.sharded_bytes, found.state_bytes)
-        ),
+        *(f"{held / 2**30:.1f}" for held in memory),
         *(f"{hours[gpu]:,.0f}" for gpu in GPUS),
     )

@@ -22,7 +22,7 @@ _ABOUT = ("name", "description", "assumes", "sources")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Options of `hptool compress` for one model, by their names; what it does not say is left to the command."""
+    """Options of `hptool compress` for one model, by their names; the command's own hold for the rest."""
 
     name: str
     """Name of the file without `.toml`."""

@@ -96,6 +96,8 @@ class Outcome:
     """What was done and what it cost."""
 
     model: str
+    adapters: tuple[str, ...]
+    """LoRA adapters that were baked into it first, each with its scale."""
     student: str
     rule: str
     removed: str
@@ -262,6 +264,7 @@ def compress_model(
 
     outcome = Outcome(
         model=teacher.source,
+        adapters=teacher.adapters,
         student=str(output),
         rule=plan.rule,
         removed=format_units(plan.removed),

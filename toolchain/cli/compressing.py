@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.filesize import decimal
@@ -66,6 +66,13 @@ ProtectFirst = Annotated[
     int | None, typer.Option(help="Blocks at the start of which nothing goes; default: the rule's own.")
 ]
 ProtectLast = Annotated[int | None, typer.Option(help="The same at the end.")]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        help="A LoRA adapter to bake in first, FILE.safetensors or a hub id, with :SCALE behind; may repeat.",
+    ),
+]
 OfGrain = Annotated[Grain, typer.Option(help="What the rule hpp-iterative removes.")]
 
 
@@ -106,6 +113,7 @@ def analyze(
     semantics: Removal = "zero",
     components: Annotated[bool, typer.Option(help="Also the components of the blocks.")] = True,
     pairs: Annotated[bool, typer.Option(help="Also pairs of neighbours.")] = False,
+    lora: Lora = None,
     precision: WeightsIn = "float32",
     seed: Seed = 0,
     output: Annotated[
@@ -118,13 +126,12 @@ def analyze(
     from toolchain.analysis import num_units
     from toolchain.artifacts import write_json
     from toolchain.compress import analysis_prompts
-    from toolchain.families import open_model
     from toolchain.metrics import open_metric
     from toolchain.plan import to_json
     from toolchain.plots import draw_sensitivity
 
     judge = open_metric(metric)
-    opened = open_model(model, precision=precision)
+    opened = _open(model, precision, lora)
     texts = analysis_prompts(opened, prompts, num_prompts, seed=seed)
     seeds = range(seed, seed + num_seeds)
     directory = output or Path(f"{name_of(model)}-analysis")
@@ -167,6 +174,7 @@ def plan(
     analysis: Analysis = None,
     prompts: Prompts = None,
     num_prompts: NumPrompts = 16,
+    lora: Lora = None,
     precision: WeightsIn = "float32",
     seed: Seed = 0,
     output: Annotated[
@@ -183,9 +191,8 @@ def plan(
         made = plan_from_json(read_json(Path(model)))
     else:
         from toolchain.compress import analysis_prompts, decide
-        from toolchain.families import open_model
 
-        opened = open_model(model, precision=precision)
+        opened = _open(model, precision, lora)
         decision = _decision(
             opened,
             Options(
@@ -256,6 +263,7 @@ def compress(
         int | None,
         typer.Option(help="Let teacher and student take turns in memory, each of so many steps.", min=1),
     ] = None,
+    lora: Lora = None,
     precision: WeightsIn = "float32",
     seed: Seed = 0,
     output: Annotated[
@@ -270,7 +278,6 @@ def compress(
     """Remove what a model needs least, and teach the rest to do without it."""
     from toolchain.artifacts import check_new_directory, read_json
     from toolchain.compress import Recipe, compress_model
-    from toolchain.families import open_model
     from toolchain.losses import LossWeights
     from toolchain.plan import plan_from_json
 
@@ -283,7 +290,7 @@ def compress(
         if any(item is not None for item in (ratio, max_bytes, max_flops, remove, plan)):
             raise ToolchainError("--target chooses the ratio, so it takes no other limit and no plan")
         ratio = _ratio_for(model, target)
-    opened = open_model(model, precision=precision)
+    opened = _open(model, precision, lora)
     decision = _decision(
         opened,
         Options(
@@ -344,6 +351,17 @@ def evaluate(
         advance = bar("ShapesEval", num_batches(per_task))
         score = evaluate_shapes(painter, num_per_task=per_task, seed=seed, on_batch=advance)
     emit(asdict(score), as_json, lambda: _show_score(model, score))
+
+
+def _open(model: str, precision: Literal["float32", "stored"], adapters: list[str] | None) -> Model:
+    from toolchain.families import open_model
+
+    opened = open_model(model, precision=precision)
+    if adapters:
+        from toolchain.lora import Adapter, bake_
+
+        opened = bake_(opened, map(Adapter.parse, adapters))
+    return opened
 
 
 def _decision(

@@ -30,7 +30,8 @@ console = Console(stderr=True)
 # What a missing import means to a user: the extra that brings it.
 _EXTRA_OF = {
     **dict.fromkeys(
-        ("torch", "diffusers", "transformers", "accelerate", "safetensors", "scipy", "matplotlib"), "compress"
+        ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "scipy", "matplotlib"),
+        "compress",
     ),
     **dict.fromkeys(("onnx", "onnxscript", "onnx_ir", "nncf", "numba", "polygraphy"), "export"),
     **dict.fromkeys(("onnxruntime", "tokenizers", "PIL", "numpy"), "edge"),

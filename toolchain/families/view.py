@@ -89,6 +89,8 @@ class Model:
     """The built-in world whose captions and detector fit this model; None for all others."""
     config_only: bool = False
     """Whether it was opened without weights, which then are zeros."""
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters that were baked into its weights, each with its scale."""
 
     @property
     def revision(self) -> str | None:
