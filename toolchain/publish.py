@@ -65,8 +65,8 @@ def _text(
         stages, recipe, adapters = report["stages"], report["recipe"], report["adapters"]
         rows = "\n".join(map(_row, stages))
         taught = (
-            f"Taught for {recipe['steps']:,} steps of {recipe['batch_size']} states, at a learning rate of up "
-            f"to {recipe['learning_rate']:g}."
+            f"Taught for {recipe['steps']:,} steps of {recipe['batch_size']} states, at a learning rate of "
+            f"up to {recipe['learning_rate']:g}."
             if recipe["steps"]
             else "Not taught after parts were removed."
         )
