@@ -111,6 +111,8 @@ class Outcome:
     """What was done and what it cost."""
 
     model: str
+    adapters: tuple[str, ...]
+    """LoRA adapters that were baked into it first, each with its scale."""
     student: str
     rule: str
     removed: str
@@ -315,6 +317,7 @@ def compress_model(
 
     outcome = Outcome(
         model=teacher.source,
+        adapters=teacher.adapters,
         student=str(output),
         rule=chosen.rule,
         removed=format_units(chosen.removed),
