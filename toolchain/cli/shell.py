@@ -32,7 +32,7 @@ _EXTRA_OF = {
     **dict.fromkeys(
         ("torch", "diffusers", "transformers", "accelerate", "safetensors", "scipy", "matplotlib"), "compress"
     ),
-    **dict.fromkeys(("onnx", "onnxscript", "onnx_ir", "nncf", "polygraphy"), "export"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnx_ir", "nncf", "polygraphy", "jinja2"), "export"),
     **dict.fromkeys(("onnxruntime", "tokenizers", "PIL", "numpy"), "edge"),
     **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
     "tensorrt_rtx": "rtx",
