@@ -43,15 +43,17 @@ class Check:
     step: int
     velocity_error: float
     score: float | None
+    gate: float | None
+    """What the metric of the gate gave; None without a gate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class History:
     """How a student was trained."""
 
-    loss: list[tuple[int, float]]
-    """By step, as `rate`."""
-    rate: list[tuple[int, float]]
+    losses: list[float]
+    """Of every step, as `rates`."""
+    rates: list[float]
     checks: list[Check]
 
 

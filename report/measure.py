@@ -21,6 +21,7 @@ from deploy.machine import read_machine
 from deploy.pipeline import EdgePipeline
 from export.errors import ExportError
 from export.fit import ModelSize, TargetFit, fit_target
+from export.quantize import Bits
 from profiles.schema import Profile
 from profiles.typed import from_data
 from report.evidence import BundleRun, Evidence, StudentRun
@@ -242,9 +243,10 @@ def _bench(bundle: BundleRun, runtime: str) -> Bench:
 def _fit(student: StudentRun, targets: Sequence[Profile], found: Measured, bar: Bar) -> None:
     original = ModelSize(open_model(student.plan.model, precision="config"), bar=bar)
     small = ModelSize(open_model(str(student.path), precision="config"), bar=bar)
-    for name, size, bits in (
+    stages: tuple[tuple[str, ModelSize, Bits], ...] = (
         ("original, 16 bits", original, 16),
         ("student, 16 bits", small, 16),
         ("student, 4 bits", small, 4),
-    ):
+    )
+    for name, size, bits in stages:
         found.fits[name] = [fit_target(size, target, bits) for target in targets]

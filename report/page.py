@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -248,20 +249,23 @@ def _training(evidence: Evidence) -> Section:
     history = student.history
     section.sources = [f"Noted in {student.path / HISTORY_FILE}."]
     charts = []
-    if history.loss:
-        (_, first), *_, (step, last) = history.loss
-        section.lead = f"The loss went from {first:.3g} to {last:.3g} in {step:,} steps."
+    if history.losses:
+        first, last = history.losses[0], history.losses[-1]
+        section.lead = f"The loss went from {first:.3g} to {last:.3g} in {len(history.losses):,} steps."
         charts.append(
             lines(
-                "loss",
-                [Series("", 2, history.loss, faint=True), Series("", 2, _smooth(history.loss))],
+                "loss of each step, and the mean of a twentieth of them",
+                [
+                    Series("", 2, list(enumerate(history.losses)), faint=True),
+                    Series("", 2, _smooth(history.losses)),
+                ],
                 x_name="step",
                 log=True,
             )
         )
     charts += _check_charts(history)
-    if history.rate:
-        charts.append(lines("learning rate", [Series("", 0, history.rate)], x_name="step"))
+    if history.rates:
+        charts.append(lines("learning rate", [Series("", 0, list(enumerate(history.rates)))], x_name="step"))
     section.data = {"charts": charts}
     return section
 
@@ -276,13 +280,10 @@ def _check_charts(history: History) -> list[Any]:
     return charts
 
 
-def _smooth(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
-    """The mean of what lies around each point, a twentieth of all."""
-    half = max(1, len(points) // 40)
-    values = np.array([value for _, value in points])
-    return [
-        (step, float(values[max(0, at - half) : at + half + 1].mean())) for at, (step, _) in enumerate(points)
-    ]
+def _smooth(values: Sequence[float]) -> list[tuple[float, float]]:
+    """The mean of what lies around each value, a twentieth of all."""
+    half = max(1, len(values) // 40)
+    return [(at, statistics.fmean(values[max(0, at - half) : at + half + 1])) for at in range(len(values))]
 
 
 def _quality(evidence: Evidence, measured: Measured) -> Section:
@@ -390,20 +391,20 @@ def _fit_rows(fits: Mapping[str, list[TargetFit]]) -> list[dict[str, Any]]:
     return [
         {
             "target": target,
-            "available": decimal(max(item.available for item in found.values())),
+            "available": decimal(max(item.available for item in row.values())),
             "cells": [
                 None
-                if (item := found.get(name)) is None
+                if (cell := row.get(name)) is None
                 else {
-                    "verdict": item.verdict,
-                    "short": _SHORT[item.verdict],
-                    "need": decimal(item.together if item.verdict == "fits" else item.in_turn),
-                    "step": _seconds(item.least_step_seconds),
+                    "verdict": cell.verdict,
+                    "short": _SHORT[cell.verdict],
+                    "need": decimal(cell.together if cell.verdict == "fits" else cell.in_turn),
+                    "step": _seconds(cell.least_step_seconds),
                 }
                 for name in fits
             ],
         }
-        for target, found in by_target.items()
+        for target, row in by_target.items()
     ]
 
 
