@@ -51,7 +51,7 @@ _EXTRA_OF = {
         ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "scipy", "matplotlib"),
         "compress",
     ),
-    **dict.fromkeys(("onnx", "onnxscript", "onnx_ir", "nncf", "numba", "polygraphy"), "export"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnx_ir", "nncf", "numba", "polygraphy", "jinja2"), "export"),
     **dict.fromkeys(("onnxruntime", "tokenizers", "PIL", "numpy"), "edge"),
     **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
     "tensorrt_rtx": "rtx",
