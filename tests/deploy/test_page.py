@@ -1,4 +1,4 @@
-"""The web page, in a browser. Needs `pip install playwright` and a Chromium on the path, or in $CHROMIUM."""
+"""The web page, in a browser: a Chromium on the path, or in $CHROMIUM."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from playwright import sync_api as playwright
 
 from deploy.images_api import Limits
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
-playwright = pytest.importorskip("playwright.sync_api", reason="the page is driven with playwright")
 if CHROMIUM is None:
     pytest.skip("there is no Chromium on the path, nor in $CHROMIUM", allow_module_level=True)
 
