@@ -79,7 +79,6 @@ def test_progress_is_shown_and_a_picture_can_be_cancelled(page: Any, make_server
     assert page.get_by_role("progressbar").evaluate("bar => bar.value") == 0.5
     page.get_by_role("button", name="Cancel").click()
     playwright.expect(page.get_by_role("progressbar")).to_be_hidden()
-    server.allow(100)
     server.wait_for_outcome("disconnected")
     assert page.locator("figure").count() == 0
     assert page.get_by_role("alert").is_hidden()
