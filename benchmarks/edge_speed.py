@@ -30,6 +30,17 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 RESULTS = Path(__file__).parent / "results" / "edge_speed.json"
 PAGE = Path(__file__).parents[1] / "docs" / "edge.md"
+LIMITS = """\
+## What limits it
+
+- Four bits save memory and the reading of it, not arithmetic. Where many tokens share each weight, a step
+  is as long as its products take, and on a processor that multiplies bfloat16 itself those of PyTorch are
+  nearly as fast as OpenVINO's.
+- onnxruntime multiplies 4-bit weights in float32. What it is better at is memory: its weights are pages of
+  a file, which the system may drop.
+- OpenVINO has the weights in memory of its own, in its own order, beside what it computes in.
+- Of a small model, the libraries are most of the memory.
+"""
 ROUNDS = 3
 STEPS = 8
 MODELS = {"shapes": 8, "mid-sd3": 32}
@@ -138,7 +149,7 @@ def page(results: dict[str, Any]) -> str:
             cells += [f"{resident / 1e6:.0f}", f"{resident / half['resident_bytes']:.2f}"]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, LIMITS])
 
 
 def _open(way: str, source: str, bundle: Path) -> Callable[[dict[str, Any]], Any]:
