@@ -412,9 +412,7 @@ def _from_cache(
     return answer
 
 
-def _in_turn(
-    lesson: Lesson, states: Feed, turn: InTurn, stack: ExitStack
-) -> Callable[[int, Batch], Answer]:
+def _in_turn(lesson: Lesson, states: Feed, turn: InTurn, stack: ExitStack) -> Callable[[int, Batch], Answer]:
     resting = Resting(lesson.teachers_own(prefix_only=False), turn.directory, lesson.device)
     stack.callback(resting.go_home)
     answers: dict[int, Answer] = {}

@@ -88,7 +88,7 @@ def sample_states(
     model: Model,
     prompts: list[str],
     *,
-    seed: int,
+    seed: int | tuple[int, ...],
     batch_size: int = 32,
     on_step: Callable[[], None] | None = None,
 ) -> States:
@@ -105,7 +105,7 @@ def sample_states(
         ToolchainError: The model's velocities are not finite.
     """
     pipeline, defaults, mmdit, guided = model.pipeline, model.defaults, model.mmdit, model.guided
-    text = mmdit.encode_prompts(pipeline, [*prompts, ""], defaults.max_sequence_length)
+    text = model.encode([*prompts, ""])
     empty = len(prompts)
     shape = (len(prompts), *model.latent_shape)
     noise = torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
