@@ -383,7 +383,7 @@ def precompute(
     data: Annotated[
         Path,
         typer.Argument(
-            help="A folder of pictures with captions, WebDataset tars, a directory of `datasets`, parquet, or a "
+            help="Captioned pictures in a folder, WebDataset tars, a directory of `datasets` or parquet; or a "
             "text file of prompts."
         ),
     ],
@@ -550,14 +550,12 @@ def _show_outcome(outcome: Outcome, student: Path) -> None:
 
 
 def _show_precomputed(index: Index, output: Path) -> None:
-    rows = {
-        kind: sum(shard.rows for shard in index.of(kind)) for kind in ("latents", "states", "text", "pairs")
-    }
     table = Table("", "rows", "files", "bytes", title=f"{index.facts.source}, as {index.facts.model} sees it")
-    for kind in rows:
+    for kind in ("latents", "pairs", "states", "text"):
         if shards := index.of(kind):
             size = sum((output / shard.file).stat().st_size for shard in shards)
-            table.add_row(kind, f"{rows[kind]:,}", f"{len(shards):,}", decimal(size))
+            rows = sum(shard.rows for shard in shards)
+            table.add_row(kind, f"{rows:,}", f"{len(shards):,}", decimal(size))
     print_(table)
     if index.skipped:
         print_(f"Skipped {len(index.skipped)}, all listed in {output / 'index.json'}; the first:")

@@ -6,7 +6,7 @@ import io
 import math
 from typing import TYPE_CHECKING, TypeAlias
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,6 +80,8 @@ def fitted(picture: bytes, buckets: tuple[Size, ...]) -> npt.NDArray[np.uint8]:
             plain = turned.convert("RGB")
     except (BrokenPictureError, MemoryError):
         raise
+    except UnidentifiedImageError as error:  # it names the object in memory
+        raise BrokenPictureError(f"its picture is no {', '.join(_FORMATS)}") from error
     # Pillow's decoders raise whatever goes wrong in them.
     except Exception as error:
         raise BrokenPictureError(f"its picture cannot be decoded: {error}") from error

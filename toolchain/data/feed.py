@@ -73,8 +73,8 @@ def open_feed(data: Precomputed, model: Model, *, without: Collection[str] = ())
         feed = _Painted(data, held_out)
     if not len(feed):
         raise ToolchainError(
-            f"{data.directory} holds nothing but the captions that the student is judged on; precompute more, "
-            "or give other prompts to judge on: --prompts FILE"
+            f"{data.directory} holds nothing but the captions that the student is judged on; precompute "
+            "more, or give other prompts to judge on: --prompts FILE"
         )
     return feed
 

@@ -90,7 +90,8 @@ def precompute(model: Model, source: Source, output: Path, settings: Settings, *
             work.remove()
             reasons = "".join(f"; {item.key}: {item.reason}" for item in skipped[:3])
             raise ToolchainError(
-                f"{source.path} holds no picture with a caption that can be read, {len(skipped)} skipped{reasons}"
+                f"{source.path} holds no picture with a caption that can be read; {len(skipped)} were skipped"
+                f"{reasons}"
             )
         texts = _write_texts(model, [pair.caption for pair in pairs], work, settings, bar)
         _write_pairs(pairs, texts, work)
