@@ -383,7 +383,7 @@ def precompute(
     data: Annotated[
         Path,
         typer.Argument(
-            help="Captioned pictures in a folder, WebDataset tars, a directory of `datasets` or parquet; or a "
+            help="Captioned pictures in a folder, WebDataset tars, a directory of `datasets`, parquet; or a "
             "text file of prompts."
         ),
     ],
