@@ -244,7 +244,7 @@ class _Shelf:
         self._pass_finished()
 
     def _encode(self) -> None:
-        found = _encoded(self._model, np.stack(self._waiting))
+        found = encode_pictures(self._model, np.stack(self._waiting))
         self._latents.append(found.to(getattr(torch, self._settings.dtype)))
         self._waiting = []
 
@@ -261,7 +261,7 @@ def _named(size: Size) -> str:
 
 
 @torch.no_grad()
-def _encoded(model: Model, pixels_BHWC: npt.NDArray[np.uint8]) -> torch.Tensor:
+def encode_pictures(model: Model, pixels_BHWC: npt.NDArray[np.uint8]) -> torch.Tensor:
     """The middle of what the autoencoder takes pictures for, scaled as the pipeline does."""
     vae = model.pipeline.vae
     pictures = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2) / 127.5 - 1

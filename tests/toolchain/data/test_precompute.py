@@ -1,4 +1,4 @@
-"""What is precomputed is what the model itself makes of it, once, and the same however often it was stopped."""
+"""What is precomputed is what the model makes of it itself, and the same however often it was stopped."""
 
 from __future__ import annotations
 
@@ -133,7 +133,11 @@ def test_stopped_after_any_shard_it_ends_the_same(
 
 def once_then(first: Callable[..., None], later: Callable[..., None]) -> Callable[..., None]:
     calls = [first]
-    return lambda *arguments: (calls.pop() if calls else later)(*arguments)
+
+    def call(*arguments: object) -> None:
+        (calls.pop() if calls else later)(*arguments)
+
+    return call
 
 
 def test_a_removed_shard_is_made_again_in_its_place(
@@ -197,11 +201,11 @@ def test_a_full_disk_says_what_to_do_and_keeps_what_is_whole(
     writer = shards.save_file
     monkeypatch.setattr(shards, "save_file", full)
     with pytest.raises(
-        ToolchainError, match="its disk is full .* make room, and give the same command again"
+        ToolchainError, match=r"its disk is full .* make room, and give the same command again"
     ):
         make(tiny, pictures, tmp_path / "out")
     kept = [path.name for path in (tmp_path / "out.work" / "shards").iterdir()]
-    assert kept == ["latents-6x10-000000.safetensors"]
+    assert kept == ["latents-8x8-000000.safetensors"]
     assert contents(make(tiny, pictures, tmp_path / "out").directory) == whole
 
 
@@ -226,7 +230,7 @@ def test_a_data_set_of_nothing_that_can_be_read_leaves_nothing(tiny: Model, tmp_
     source = folder(tmp_path / "set", {"a.png": b"junk", "b.png": picture()}, {"a.png": "a"})
     with pytest.raises(
         ToolchainError,
-        match=r"set holds no picture .* 2 were skipped; a.png: its picture is no .*; b.png: it has",
+        match=r"set holds no picture .* 2 were skipped; a.png: its .*; b.png: it has",
     ):
         make(tiny, source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
@@ -267,5 +271,5 @@ def test_an_index_with_anything_else_in_it_is_refused(tiny: Model, pictures: Pat
             shards.index_from_json(index | change)
     assert shards.index_to_json(shards.index_from_json(index)) == shards.index_to_json(made.index)
     assert sum(item.rows for item in made.index.of("latents")) == 8
-    with pytest.raises(ToolchainError, match="set is no precomputed data set: it has no index.json"):
+    with pytest.raises(ToolchainError, match=r"set is no precomputed data set: it has no index\.json"):
         open_precomputed(pictures)
