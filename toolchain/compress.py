@@ -269,8 +269,8 @@ def compress_model(
     plans = Pieces(work / "plans", settings, work="plans")
     # What was removed by hand is not for us to put back.
     by_hand = plan is not None or recipe.decision.budget is None
-    facts = settings | _facts(recipe) | {"data": None if data is None else data.digest()}
-    tries = Tries(work, facts, gate=recipe.gate, most=1 if by_hand else recipe.tries)
+    depends = settings | _facts(recipe) | {"data": None if data is None else data.digest()}
+    tries = Tries(work, depends, gate=recipe.gate, most=1 if by_hand else recipe.tries)
 
     def planned() -> tuple[Sensitivity | None, CompressionPlan]:
         if plan is not None:
@@ -349,8 +349,8 @@ def compress_model(
             write_json(directory / HISTORY_FILE, history_to_json(history))
         if pictures.exists():
             shutil.copytree(pictures, directory / PICTURES)
-        said = asdict(replace(recipe, decision=replace(recipe.decision, options=Options())))
-        write_json(directory / REPORT_FILE, {"schema_version": 3, "recipe": said, **asdict(outcome)})
+        facts = asdict(replace(recipe, decision=replace(recipe.decision, options=Options())))
+        write_json(directory / REPORT_FILE, {"schema_version": 3, "recipe": facts, **asdict(outcome)})
     shutil.rmtree(work, ignore_errors=True)
     return outcome
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.toolchain.data.conftest import folder, picture
+from toolchain.checkpoints import Checkpoints
 from toolchain.data.feed import Feed, open_feed
 from toolchain.data.precompute import Settings, precompute
 from toolchain.data.shards import Precomputed, open_precomputed
@@ -228,10 +229,10 @@ def test_a_training_on_pictures_goes_on_where_it_was(
         if step == 2:
             raise KeyboardInterrupt
 
-    checkpoint = tmp_path / "state.safetensors"
+    checkpoints = Checkpoints(directory=tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        taught(tiny, plan, feed, recipe, checkpoint=checkpoint, on_step=stop)
-    resumed = taught(tiny, plan, feed, recipe, checkpoint=checkpoint)
+        taught(tiny, plan, feed, recipe, checkpoints=checkpoints, on_step=stop)
+    resumed = taught(tiny, plan, feed, recipe, checkpoints=checkpoints)
     assert same_weights(resumed, taught(tiny, plan, feed, recipe))
 
 
