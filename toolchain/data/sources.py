@@ -20,6 +20,7 @@ from toolchain.errors import ToolchainError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from datasets import Dataset
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 _CAPTIONS = ("text", "caption")
@@ -79,11 +80,18 @@ def open_source(path: Path) -> Source:
             "is a .txt of prompts, a folder of pictures with captions, a .tar of WebDataset or a directory "
             "of them, a directory of the `datasets` library, or .parquet"
         )
-    if (path / "dataset_dict.json").is_file():
-        splits = sorted(item.parent.name for item in path.glob("*/state.json"))
+    splits = sorted(item.parent.name for item in path.glob("*/state.json"))
+    if splits and (path / "dataset_dict.json").is_file():
         raise ToolchainError(f"{path} holds the splits {', '.join(splits)}; name one, as {path / splits[0]}")
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return _source(path, "datasets", sorted(path.glob("*.arrow")))
+        num_bytes = sum(item.stat().st_size for item in path.glob("*.arrow"))
+        data = _open_datasets(path)
+        return Source(
+            path=path,
+            kind="datasets",
+            num_bytes=num_bytes,
+            samples=lambda: _in_tables(path.name, data.iter(batch_size=_ROWS)),
+        )
     files = sorted(item for item in path.rglob("*") if item.is_file())
     found: dict[Kind, list[Path]] = {
         "webdataset": [item for item in files if item.suffix == ".tar"],
@@ -108,7 +116,6 @@ def _source(path: Path, kind: Kind, files: list[Path]) -> Source:
         "prompts": lambda: iter(()),
         "folder": lambda: _in_folder(path, files),
         "webdataset": lambda: _in_tars(path, files),
-        "datasets": lambda: _in_datasets(path),
         "parquet": lambda: _in_parquet(path, files),
     }
     num_bytes = sum(item.stat().st_size for item in files)
@@ -263,15 +270,14 @@ def _in_tar(name: str, archive: tarfile.TarFile) -> Iterator[Found]:
             yield Skipped(key=key, reason=str(error))
 
 
-def _in_datasets(path: Path) -> Iterator[Found]:
+def _open_datasets(path: Path) -> Dataset:
     from datasets import load_from_disk
 
     try:
-        data = load_from_disk(str(path)).with_format("arrow")
+        return load_from_disk(str(path)).with_format("arrow")
     # It reads JSON and Arrow of any content, and wraps nothing.
     except Exception as error:
         raise ToolchainError(f"{path} cannot be read as a directory of `datasets`: {error}") from error
-    yield from _in_tables(path.name, data.iter(batch_size=_ROWS))
 
 
 def _in_parquet(root: Path, paths: list[Path]) -> Iterator[Found]:

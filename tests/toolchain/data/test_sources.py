@@ -161,7 +161,7 @@ def test_a_directory_of_datasets_is_read(tmp_path: Path) -> None:
     state = json.loads((tmp_path / "one" / "state.json").read_text())
     (tmp_path / "one" / state["_data_files"][0]["filename"]).write_bytes(b"no arrow")
     with pytest.raises(ToolchainError, match="one cannot be read as a directory of `datasets`"):
-        read(tmp_path / "one")
+        open_source(tmp_path / "one")
 
 
 def test_parquet_is_read_and_a_broken_file_passed_over(tmp_path: Path) -> None:
