@@ -62,6 +62,14 @@ BENCHMARKS = (
         quick=True,
     ),
     Benchmark(
+        name="throughput",
+        question="How many steps a second does distillation on pictures take, precomputed or not?",
+        measure=("measure",),
+        table="table",
+        page="data.md",
+        quick=True,
+    ),
+    Benchmark(
         name="bits",
         question="What does each way of rounding cost in velocity error, at which bytes?",
         measure=("",),

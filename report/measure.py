@@ -25,7 +25,7 @@ from export.quantize import Bits
 from profiles.schema import Profile
 from profiles.typed import from_data
 from report.evidence import BundleRun, Evidence, StudentRun
-from toolchain.compress import read_prompts
+from toolchain.data.sources import read_prompts
 from toolchain.errors import ToolchainError
 from toolchain.evaluate import Painter, ShapesScore, evaluate_shapes, num_batches
 from toolchain.families import Model, open_model

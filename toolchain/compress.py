@@ -11,10 +11,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from toolchain.analysis import Rescorer, analyze, fingerprint, magnitudes, num_units
 from toolchain.artifacts import check_new_directory, new_directory, read_json, sha256, write_json
 from toolchain.card import write_student_card
 from toolchain.checkpoints import Checkpoints
+from toolchain.data.feed import Feed, open_feed
+from toolchain.data.shards import Precomputed
+from toolchain.data.sources import read_prompts
 from toolchain.distill import DistillRecipe, InTurn, distill_
 from toolchain.errors import ToolchainError
 from toolchain.families.view import Model, save_model
@@ -225,6 +230,7 @@ def compress_model(
     output: Path,
     *,
     prompts: Path | None = None,
+    data: Precomputed | None = None,
     analysis: Path | None = None,
     plan: CompressionPlan | None = None,
     trackers: Sequence[str] = (),
@@ -240,7 +246,9 @@ def compress_model(
         teacher: Left as it is, save the precision of what it shares with its student.
         recipe: What to do.
         output: A new directory.
-        prompts: Text file with a prompt a line; None takes the captions of the model's own world.
+        prompts: Text file with a prompt a line; None takes the captions of the data, or of the model's own
+            world.
+        data: To distil on; None has the teacher paint prompts.
         analysis: A finished analysis, to be used in place of a new one.
         plan: Made before; None decides as the recipe says.
         trackers: By the names accelerate has for them; those that write files do so in `OUTPUT.logs`.
@@ -252,12 +260,17 @@ def compress_model(
     """
     check_new_directory(output)
     work = output.with_name(f"{output.name}.work")
-    sets = prompt_sets(teacher, recipe, prompts)
+    sets = prompt_sets(teacher, recipe, prompts, data)
+    taught: Feed | None = None
+    if data is not None:
+        taught = open_feed(data, teacher, without=sets.judged)
+        teacher = replace(teacher, texts=data.texts)
     settings = _settings(teacher, recipe.decision, sets, analysis, plan)
     plans = Pieces(work / "plans", settings, work="plans")
     # What was removed by hand is not for us to put back.
     by_hand = plan is not None or recipe.decision.budget is None
-    tries = Tries(work, settings | _facts(recipe), gate=recipe.gate, most=1 if by_hand else recipe.tries)
+    depends = settings | _facts(recipe) | {"data": None if data is None else data.digest()}
+    tries = Tries(work, depends, gate=recipe.gate, most=1 if by_hand else recipe.tries)
 
     def planned() -> tuple[Sensitivity | None, CompressionPlan]:
         if plan is not None:
@@ -286,7 +299,6 @@ def compress_model(
         seed=recipe.seed,
     )
     original = judge("original", teacher, bar)
-    taught = None
     while True:
         student, steps, history = prune(teacher, chosen, share_prefix=True), 0, None
         stages = [original, judge("pruned", student, bar)]
@@ -347,7 +359,7 @@ def _distil(
     teacher: Model,
     student: Model,
     plan: CompressionPlan,
-    taught: States,
+    taught: Feed,
     recipe: Recipe,
     *,
     judge: Judge,
@@ -452,8 +464,10 @@ class PromptSets:
     taught: list[str]
 
 
-def prompt_sets(teacher: Model, recipe: Recipe, path: Path | None) -> PromptSets:
-    """Share out the prompts of a file, or of the model's own world.
+def prompt_sets(
+    teacher: Model, recipe: Recipe, path: Path | None, data: Precomputed | None = None
+) -> PromptSets:
+    """Share out the prompts of a file, of what is to be distilled on, or of the model's own world.
 
     Raises:
         ToolchainError: There is no file, it cannot be read, or holds too few.
@@ -461,6 +475,16 @@ def prompt_sets(teacher: Model, recipe: Recipe, path: Path | None) -> PromptSets
     states_per_prompt = teacher.defaults.num_inference_steps * (2 if teacher.guided else 1)
     num_taught = -(-recipe.steps * recipe.batch_size // (recipe.passes * states_per_prompt))
     few = recipe.decision.prompts
+    if path is None and data is not None:
+        found = [caption for caption in data.texts.rows if caption]
+        if len(found) < 2 * few:
+            raise ToolchainError(
+                f"{data.directory} holds {len(found)} captions; at least {2 * few} are needed to measure and "
+                "to judge on: lower --num-prompts, or give others: --prompts FILE"
+            )
+        order = np.random.default_rng(recipe.seed).permutation(len(found))
+        chosen = [found[index] for index in order[: 2 * few]]
+        return PromptSets(judged=chosen[:few], analysed=chosen[few:], taught=[])
     if path is None:
         _check_world(teacher)
         unseen, seen = captions(held_out=True, seed=recipe.seed), captions(held_out=False, seed=recipe.seed)
@@ -496,21 +520,6 @@ def _check_world(model: Model) -> None:
             f"{model.source} is not of the shapes world, so what to prompt it with is not known here; "
             "give a text file with one prompt a line: --prompts FILE"
         )
-
-
-def read_prompts(path: Path, least: int) -> list[str]:
-    """The prompts of a text file, one a line.
-
-    Raises:
-        ToolchainError: It cannot be read, or holds too few.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ToolchainError(f"the prompts in {path} cannot be read: {error}") from error
-    if len(lines) < least:
-        raise ToolchainError(f"{path} holds {len(lines)} prompts; at least {least} are needed")
-    return lines
 
 
 def sample(model: Model, prompts: Sequence[str], seed: int, name: str, bar: Bar) -> States:

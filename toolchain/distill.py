@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from toolchain.checkpoints import Checkpoints
+from toolchain.data.feed import Feed
 from toolchain.errors import ToolchainError
 from toolchain.families.mmdit import MMDiT, Streams, TextStates
 from toolchain.families.view import Model
@@ -33,7 +33,6 @@ from toolchain.prefix import (
     storage_key,
     write_stream_cache,
 )
-from toolchain.trajectories import States
 
 Feature = tuple[torch.Tensor, torch.Tensor | None]
 """Image and text behind a block; no text behind one that ends it."""
@@ -79,13 +78,15 @@ class Answer:
     """Behind the shared prefix; None if there is none."""
     features: list[Feature]
     """Of each of the student's blocks behind the prefix; empty if they are not asked for."""
+    velocities: torch.Tensor | None = None
+    """The teacher's, where they count and do not come with the states."""
 
 
 def distill_(
     teacher: Model,
     student: Model,
     plan: CompressionPlan,
-    states: States,
+    states: Feed,
     recipe: DistillRecipe,
     *,
     cache_prefix: Path | None = None,
@@ -104,7 +105,7 @@ def distill_(
         teacher: Left as it is. It may be held in 16 bits, and its student's prefix with it.
         student: `prune(teacher, plan, share_prefix=True)`; weights that learn become float32.
         plan: Strength 0 freezes; any other is the share of the learning rate.
-        states: Of the teacher's own sampling.
+        states: What it is taught in.
         recipe: What is learned, and how.
         cache_prefix: A file the prefix's outputs are read from, made if it is not there. The prefix itself
             leaves memory for good, for a nameless file in the same directory. So does the rest of the
@@ -140,7 +141,7 @@ def distill_(
                 return lesson.ask([batch])[0]
 
         def loss_at(step: int) -> torch.Tensor:
-            batch = lesson.batch(states, lesson.rows(states, step))
+            batch = lesson.batch(states, lesson.rows(states, step), step)
             return lesson.loss(batch, answer(step, batch))
 
         return optimize_(
@@ -162,7 +163,8 @@ class Batch:
     latents: torch.Tensor
     timesteps: torch.Tensor
     text: TextStates
-    velocities: torch.Tensor
+    velocities: torch.Tensor | None
+    """The teacher's, where they are known beforehand."""
 
 
 class Lesson:
@@ -190,22 +192,20 @@ class Lesson:
         self._check_shared()
         self.device = next(item for item in student.transformer.parameters() if item.requires_grad).device
 
-    def rows(self, states: States, step: int) -> torch.Tensor:
+    def rows(self, states: Feed, step: int) -> torch.Tensor:
         """The states of a step's batch, from its number and the seed alone."""
-        rng = np.random.default_rng((self.recipe.seed, step))
-        size = min(self.recipe.batch_size, len(states))
-        return torch.from_numpy(rng.choice(len(states), size=size, replace=False))
+        return states.rows(self.recipe.seed, step, self.recipe.batch_size)
 
-    def batch(self, states: States, rows: torch.Tensor) -> Batch:
-        """Some states, on the student's device."""
-        latents, timesteps, text, velocities = states.batch(rows)
+    def batch(self, states: Feed, rows: torch.Tensor, step: int = 0) -> Batch:
+        """Some states, on the student's device; where they are drawn anew each time, those of a step."""
+        latents, timesteps, text, velocities = states.batch(rows, (self.recipe.seed, step))
         return Batch(
             latents=latents.to(self.device),
             timesteps=timesteps.to(self.device),
             text=TextStates(
                 tokens_BTJ=text.tokens_BTJ.to(self.device), pooled_BP=text.pooled_BP.to(self.device)
             ),
-            velocities=velocities.to(self.device),
+            velocities=None if velocities is None else velocities.to(self.device),
         )
 
     def prefix(self, batch: Batch) -> Streams:
@@ -226,7 +226,7 @@ class Lesson:
     ) -> list[Answer]:
         """What the teacher says to some batches, all of which pass one block before any passes the next.
 
-        The teacher is asked for no more than counts: its velocities come with the states.
+        The teacher is asked for no more than counts: its velocities mostly come with the states.
 
         Args:
             batches: Each is run by itself.
@@ -239,7 +239,10 @@ class Lesson:
         features = features and self.recipe.losses.features > 0
         wanted = self.plan.kept_blocks[self.num_shared :] if features else ()
         found: list[list[Feature]] = [[] for _ in batches]
+        unknown = self.recipe.losses.output > 0 and any(batch.velocities is None for batch in batches)
         last = wanted[-1] + 1 if wanted else self.num_shared
+        if unknown:
+            last = len(self.teacher.blocks)
         if last == 0:
             return [Answer(streams=None, features=[]) for _ in batches]
         if given is None:
@@ -261,9 +264,13 @@ class Lesson:
             if index in wanted:
                 for items, one in zip(found, streams, strict=True):
                     items.append((one.image_BND, one.text_BTD))
+        ends: list[torch.Tensor | None] = [None for _ in batches]
+        if unknown:
+            with awake(self.teacher.parameters_of(HEAD)), self._products():
+                ends = [self.teacher.end(moved(one, self.device)).to(hold) for one in streams]
         return [
-            Answer(streams=one if self.num_shared else None, features=items)
-            for one, items in zip(shared, found, strict=True)
+            Answer(streams=one if self.num_shared else None, features=items, velocities=end)
+            for one, items, end in zip(shared, found, ends, strict=True)
         ]
 
     def loss(self, batch: Batch, answer: Answer) -> torch.Tensor:
@@ -282,7 +289,9 @@ class Lesson:
                         pairs.append((streams.text_BTD, text))
             total = torch.zeros((), device=self.device)
             if weights.output:
-                total = total + weights.output * output_loss(self.student.end(streams), batch.velocities)
+                target = answer.velocities if batch.velocities is None else batch.velocities
+                assert target is not None
+                total = total + weights.output * output_loss(self.student.end(streams), target)
         if weights.features:
             total = total + weights.features * feature_loss(pairs, normalised=weights.normalised)
         return total
@@ -361,17 +370,22 @@ class Lesson:
 
 
 def _from_cache(
-    lesson: Lesson, states: States, path: Path, dtype: torch.dtype | None, stack: ExitStack
+    lesson: Lesson, states: Feed, path: Path, dtype: torch.dtype | None, stack: ExitStack
 ) -> Callable[[int, Batch], Answer]:
     if not lesson.num_shared:
         raise ToolchainError(
             "the plan changes the first block, or lets it or the embedders learn: there is no prefix whose "
             "outputs could be kept; leave cache_prefix out"
         )
+    if not states.fixed:
+        raise ToolchainError(
+            "noise is drawn anew for every picture at every step, so the prefix's outputs are never the same "
+            "twice; leave cache_prefix out, or train on states of the teacher's sampling"
+        )
     made_from = {
         "blocks": str(lesson.num_shared),
         "weights": digest(lesson.prefix_tensors()),
-        "states": digest(_inputs(states)),
+        "states": states.digest(),
         "precision": lesson.recipe.precision,
     }
     resting = Resting(
@@ -398,9 +412,7 @@ def _from_cache(
     return answer
 
 
-def _in_turn(
-    lesson: Lesson, states: States, turn: InTurn, stack: ExitStack
-) -> Callable[[int, Batch], Answer]:
+def _in_turn(lesson: Lesson, states: Feed, turn: InTurn, stack: ExitStack) -> Callable[[int, Batch], Answer]:
     resting = Resting(lesson.teachers_own(prefix_only=False), turn.directory, lesson.device)
     stack.callback(resting.go_home)
     answers: dict[int, Answer] = {}
@@ -408,7 +420,7 @@ def _in_turn(
     def answer(step: int, batch: Batch) -> Answer:
         if step not in answers:
             steps = range(step, min(step + turn.steps, lesson.recipe.schedule.steps))
-            batches = [lesson.batch(states, lesson.rows(states, later)) for later in steps]
+            batches = [lesson.batch(states, lesson.rows(states, later), later) for later in steps]
             asked = lesson.ask(batches, awake=resting.awake, hold_on=torch.device("cpu"))
             answers.update(zip(steps, asked, strict=True))
         return _moved(answers.pop(step), lesson.device)
@@ -422,6 +434,7 @@ def _moved(answer: Answer, device: torch.device) -> Answer:
         features=[
             (image.to(device), None if text is None else text.to(device)) for image, text in answer.features
         ],
+        velocities=None if answer.velocities is None else answer.velocities.to(device),
     )
 
 
@@ -429,18 +442,13 @@ def _tensors(module: nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _inputs(states: States) -> list[torch.Tensor]:
-    text = states.text
-    return [states.latents, states.timesteps, states.prompt_index, text.tokens_BTJ, text.pooled_BP]
-
-
-def _belongs_to(plan: CompressionPlan, states: States, recipe: DistillRecipe) -> dict[str, Any]:
+def _belongs_to(plan: CompressionPlan, states: Feed, recipe: DistillRecipe) -> dict[str, Any]:
     """What a run depends on besides its schedule, by names a message can use."""
     return {
         "removed": list(map(str, plan.removed)),
         "semantics": plan.semantics,
         "strength": plan.strength,
-        "states": digest([*_inputs(states), states.velocities]),
+        "states": states.digest(),
         "batch_size": recipe.batch_size,
         "seed": recipe.seed,
         "losses": asdict(recipe.losses),

@@ -11,12 +11,14 @@ __all__ = ["Bar", "silent"]
 class Bar(Protocol):
     """Starts progress bars."""
 
-    def __call__(self, name: str, total: int, /, *, unit: str = "", each: int = 1) -> Callable[..., None]:
+    def __call__(
+        self, name: str, total: int | None, /, *, unit: str = "", each: int = 1
+    ) -> Callable[..., None]:
         """Start one.
 
         Args:
             name: Of the work.
-            total: Steps it takes.
+            total: Steps it takes; None if nobody knows.
             unit: What is done in a step, to show how much of it is done a second; nothing for steps of
                 different sizes.
             each: So many a step.
@@ -27,6 +29,6 @@ class Bar(Protocol):
         """
 
 
-def silent(_: str, __: int, /, *, unit: str = "", each: int = 1) -> Callable[..., None]:
+def silent(_: str, __: int | None, /, *, unit: str = "", each: int = 1) -> Callable[..., None]:
     """A bar that nobody sees."""
     return lambda *_, **__: None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torch
 from toolchain.errors import ToolchainError
 from toolchain.families.mmdit import TextStates
 from toolchain.families.view import Model
+from toolchain.prefix import digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,7 @@ class States:
     """Of every distinct prompt."""
     guidance_scale: float | None
     """Of classifier-free guidance; None where there is none."""
+    fixed: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -62,8 +65,18 @@ class States:
         free, asked = velocities[0::2], velocities[1::2]
         return free + self.guidance_scale * (asked - free)
 
+    def digest(self) -> str:
+        """Of all there is to learn from."""
+        text = [self.prompt_index, self.text.tokens_BTJ, self.text.pooled_BP]
+        return digest([self.latents, self.timesteps, self.velocities, *text])
+
+    def rows(self, seed: int, step: int, size: int) -> torch.Tensor:
+        """As `Feed` says; no more than there are."""
+        rng = np.random.default_rng((seed, step))
+        return torch.from_numpy(rng.choice(len(self), size=min(size, len(self)), replace=False))
+
     def batch(
-        self, rows: slice | torch.Tensor
+        self, rows: slice | torch.Tensor, draw: tuple[int, int] = (0, 0)
     ) -> tuple[torch.Tensor, torch.Tensor, TextStates, torch.Tensor]:
         """Latents, timesteps, text and teacher's velocities of some states."""
         index = self.prompt_index[rows]
@@ -75,7 +88,7 @@ def sample_states(
     model: Model,
     prompts: list[str],
     *,
-    seed: int,
+    seed: int | tuple[int, ...],
     batch_size: int = 32,
     on_step: Callable[[], None] | None = None,
 ) -> States:
@@ -92,7 +105,7 @@ def sample_states(
         ToolchainError: The model's velocities are not finite.
     """
     pipeline, defaults, mmdit, guided = model.pipeline, model.defaults, model.mmdit, model.guided
-    text = mmdit.encode_prompts(pipeline, [*prompts, ""], defaults.max_sequence_length)
+    text = model.encode([*prompts, ""])
     empty = len(prompts)
     shape = (len(prompts), *model.latent_shape)
     noise = torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))

@@ -36,6 +36,7 @@ from toolchain.rules import Budget, Grain, Options, PositionWeight, parse_units
 
 if TYPE_CHECKING:
     from toolchain.compress import Decision, Outcome
+    from toolchain.data.shards import Index
     from toolchain.evaluate import ShapesScore
     from toolchain.families import Model
     from toolchain.plan import Sensitivity
@@ -294,6 +295,10 @@ def compress(
         Path | None, typer.Option("--output", "-o", help="Directory to write the student to.")
     ] = None,
     prompts: Prompts = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="What `hptool precompute` wrote, to distil on in place of paintings of prompts."),
+    ] = None,
     per_task: Annotated[
         int, typer.Option(help="Held-out captions per ShapesEval task; 0 skips the scores.", min=0)
     ] = 40,
@@ -302,6 +307,7 @@ def compress(
     """Remove what a model needs least, and teach the rest to do without it."""
     from toolchain.artifacts import check_new_directory, read_json
     from toolchain.compress import Recipe, compress_model
+    from toolchain.data.shards import open_precomputed
     from toolchain.gate import parse_gate
     from toolchain.losses import LossWeights
     from toolchain.plan import plan_from_json
@@ -315,7 +321,13 @@ def compress(
         if any(item is not None for item in (ratio, max_bytes, max_flops, remove, plan)):
             raise ToolchainError("--target chooses the ratio, so it takes no other limit and no plan")
         ratio = _ratio_for(model, target)
-    opened = _open(model, precision, lora)
+    wanted = None if gate is None else parse_gate(gate)
+    # Captions of the data are encoded already, so only pictures to judge by need more than the transformer.
+    paints = check_every is not None or not (wanted is None or wanted.metric == "velocity")
+    lean = data is not None and prompts is None and not lora and not paints
+    opened = _open(model, precision, lora, transformer_only=lean)
+    if lean and opened.world is not None and per_task:
+        opened = _open(model, precision, lora)
     decision = _decision(
         opened,
         Options(
@@ -340,7 +352,7 @@ def compress(
         ema_decay=ema,
         checkpoint_every=checkpoint_every,
         check_every=check_every,
-        gate=None if gate is None else parse_gate(gate),
+        gate=wanted,
         seed=seed,
         captions_per_task=per_task,
     )
@@ -351,6 +363,7 @@ def compress(
             work,
             student,
             prompts=prompts,
+            data=None if data is None else open_precomputed(data, bar=bar),
             analysis=analysis,
             plan=given,
             trackers=tracker or (),
@@ -362,6 +375,43 @@ def compress(
     if outcome.tries[-1].passed is False:
         reached = outcome.tries[-1].gate
         fail(f"{student} was written, but did not pass its gate {outcome.gate}: {reached:.4g}", GATE_EXIT)
+
+
+@app.command()
+def precompute(
+    model: Source,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Captioned pictures in a folder, WebDataset tars, a directory of `datasets`, parquet; or a "
+            "text file of prompts."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    batch_size: Annotated[int, typer.Option(help="Pictures, captions or prompts at once.", min=1)] = 8,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"], typer.Option(help="Of what is written; float32 takes twice the disk.")
+    ] = "bfloat16",
+    lora: Lora = None,
+    precision: WeightsIn = "float32",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Encode a data set once, for `compress --data`; stopped, it goes on where it was."""
+    from toolchain.artifacts import check_new_directory
+    from toolchain.data.precompute import Settings
+    from toolchain.data.precompute import precompute as encode
+    from toolchain.data.shards import index_to_json
+    from toolchain.data.sources import open_source
+
+    check_new_directory(output)
+    source = open_source(data)
+    opened = _open(model, precision, lora)
+    with bars() as bar:
+        index = encode(
+            opened, source, output, Settings(batch_size=batch_size, dtype=dtype, seed=seed), bar=bar
+        )
+    emit(index_to_json(index), as_json, lambda: _show_precomputed(index, output))
 
 
 @app.command()
@@ -393,10 +443,16 @@ def evaluate(
     emit(asdict(score), as_json, lambda: _show_score(model, score))
 
 
-def _open(model: str, precision: Literal["float32", "stored"], adapters: list[str] | None) -> Model:
+def _open(
+    model: str,
+    precision: Literal["float32", "stored"],
+    adapters: list[str] | None,
+    *,
+    transformer_only: bool = False,
+) -> Model:
     from toolchain.families import open_model
 
-    opened = open_model(model, precision=precision)
+    opened = open_model(model, precision=precision, transformer_only=transformer_only)
     if adapters:
         from toolchain.lora import Adapter, bake_
 
@@ -491,6 +547,21 @@ def _show_outcome(outcome: Outcome, student: Path) -> None:
         )
     print_(table)
     print_(f"Student written to {student}.  Next:  hptool export --target cpu-x86")
+
+
+def _show_precomputed(index: Index, output: Path) -> None:
+    table = Table("", "rows", "files", "bytes", title=f"{index.facts.source}, as {index.facts.model} sees it")
+    for kind in ("latents", "pairs", "states", "text"):
+        if shards := index.of(kind):
+            size = sum((output / shard.file).stat().st_size for shard in shards)
+            rows = sum(shard.rows for shard in shards)
+            table.add_row(kind, f"{rows:,}", f"{len(shards):,}", decimal(size))
+    print_(table)
+    if index.skipped:
+        print_(f"Skipped {len(index.skipped)}, all listed in {output / 'index.json'}; the first:")
+        for item in index.skipped[:5]:
+            print_(f"  {item.key}: {item.reason}")
+    print_(f"Written to {output}.  Next:  hptool compress {index.facts.model} --data {output}")
 
 
 def _show_score(model: str, score: ShapesScore) -> None:

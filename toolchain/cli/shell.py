@@ -51,6 +51,7 @@ _EXTRA_OF = {
         ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "scipy", "matplotlib"),
         "compress",
     ),
+    **dict.fromkeys(("datasets", "pyarrow"), "data"),
     **dict.fromkeys(("onnx", "onnxscript", "onnx_ir", "nncf", "numba", "polygraphy", "jinja2"), "export"),
     **dict.fromkeys(("onnxruntime", "tokenizers", "PIL", "numpy"), "edge"),
     **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
@@ -147,7 +148,7 @@ def bars() -> Iterator[Bar]:
     progress = Progress(*columns, console=console)
     said = time.monotonic()
 
-    def add(description: str, total: int, /, *, unit: str = "", each: int = 1) -> Callable[..., None]:
+    def add(description: str, total: int | None, /, *, unit: str = "", each: int = 1) -> Callable[..., None]:
         progress.start()  # not before there is a bar: even an empty display prints a line
         number = progress.add_task(description, total=total, note="", unit=unit, each=each)
         task = progress.tasks[-1]

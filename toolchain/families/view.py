@@ -6,12 +6,13 @@ import copy
 import dataclasses
 import logging
 import math
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from toolchain.artifacts import read_json, write_json
 from toolchain.errors import ToolchainError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-    from toolchain.families.mmdit import MMDiT
+    from toolchain.families.mmdit import MMDiT, TextStates
     from toolchain.geometry import Geometry, Semantics, Unit
 
 BUILT_IN = "shapes"
@@ -79,6 +80,13 @@ class GenerationDefaults:
             )
 
 
+class Texts(Protocol):
+    """Text states that were computed before."""
+
+    def encode(self, prompts: list[str]) -> TextStates | None:
+        """Those of prompts; None unless all of them are known."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """A text-to-image pipeline and where it came from."""
@@ -97,6 +105,8 @@ class Model:
     """Whether it was opened without weights, which then are zeros."""
     adapters: tuple[str, ...] = ()
     """LoRA adapters that were baked into its weights, each with its scale."""
+    texts: Texts | None = None
+    """What its text encoders made of some prompts before; None if nothing."""
 
     @property
     def revision(self) -> str | None:
@@ -181,6 +191,13 @@ class Model:
             return StoredTensors(self.source, self.path / part, module, stored_names(module))
         return held
 
+    def encode(self, prompts: list[str]) -> TextStates:
+        """What the text encoders make of prompts at the default settings, or made of them before."""
+        known = None if self.texts is None else self.texts.encode(prompts)
+        if known is not None:
+            return known
+        return self.mmdit.encode_prompts(self.pipeline, prompts, self.defaults.max_sequence_length)
+
     def paint(self, prompts: list[str], noise: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
         """Paint prompts at the default settings, from initial noise [N, C, H, W].
 
@@ -203,7 +220,7 @@ class Model:
         return images
 
 
-def open_model(source: str, *, precision: Precision = "float32") -> Model:
+def open_model(source: str, *, precision: Precision = "float32", transformer_only: bool = False) -> Model:
     """Open `shapes`, a local diffusers directory, or a pipeline on the Hugging Face hub.
 
     Args:
@@ -216,6 +233,7 @@ def open_model(source: str, *, precision: Precision = "float32") -> Model:
             takes the configurations alone, of a model whose weights need not be there: its tensors are zeros
             that take no memory, and tokenizers may be missing too. Some published models are known by their
             hub ids.
+        transformer_only: Leave the weights of all other parts on disk, where `save_model` copies them from.
 
     Raises:
         ToolchainError: There is no such model, its class is not supported, or its files are damaged.
@@ -241,7 +259,7 @@ def open_model(source: str, *, precision: Precision = "float32") -> Model:
     # A repository says how its model is run on its page only, which is no data.
     said = path if (path / DEFAULTS_FILE).exists() else _PUBLISHED / source
     defaults, world = _read_defaults(said, usual)
-    pipeline = _load(source, path, index, family, precision)
+    pipeline = _load(source, path, index, family, precision, transformer_only)
     model = Model(
         source=source,
         path=path,
@@ -264,12 +282,25 @@ def save_model(model: Model, path: Path) -> None:
     """Write a pipeline as a plain diffusers directory, its generation defaults beside it.
 
     Args:
-        model: It is written in the precision it was stored in, and left as it is.
+        model: It is written in the precision it was stored in, and left as it is; parts whose weights were
+            left on disk are copied from there.
         path: An existing directory.
     """
+    resting = {name for name, part in model.pipeline.components.items() if _rests(part)}
     with _quiet():
-        parts = {name: _cast(part, model.stored_dtype) for name, part in model.pipeline.components.items()}
+        parts = {
+            name: None if name in resting else _cast(part, model.stored_dtype)
+            for name, part in model.pipeline.components.items()
+        }
         type(model.pipeline)(**parts).save_pretrained(path, safe_serialization=True)
+    if resting:
+        index, own = read_json(path / "model_index.json"), read_json(model.path / "model_index.json")
+        write_json(path / "model_index.json", index | {name: own[name] for name in resting})
+        for name in sorted(resting):
+            part = model.path / name
+            (path / name).mkdir()
+            for file in (part / "config.json", *weight_files(part), *part.glob("*.safetensors.index.json")):
+                shutil.copyfile(file, path / name / file.name)
     for config in (path / "model_index.json", *path.glob("*/config.json")):
         # diffusers notes the directory a part was loaded from, which means nothing anywhere else.
         values = {key: value for key, value in read_json(config).items() if key != "_name_or_path"}
@@ -283,6 +314,13 @@ def save_model(model: Model, path: Path) -> None:
         path / DEFAULTS_FILE,
         {"schema_version": _SCHEMA_VERSION, "world": model.world, **dataclasses.asdict(model.defaults)},
     )
+
+
+def _rests(part: Any) -> bool:
+    """Whether a part's weights were left on disk."""
+    import torch
+
+    return isinstance(part, torch.nn.Module) and any(item.is_meta for item in part.parameters())
 
 
 def _cast(part: Any, dtype: torch.dtype) -> Any:
@@ -336,7 +374,12 @@ def _family(pipeline: str) -> type[MMDiT]:
 
 
 def _load(
-    source: str, path: Path, index: dict[str, Any], family: type[MMDiT], precision: Precision
+    source: str,
+    path: Path,
+    index: dict[str, Any],
+    family: type[MMDiT],
+    precision: Precision,
+    transformer_only: bool,
 ) -> DiffusionPipeline:
     import diffusers
     import torch
@@ -365,8 +408,11 @@ def _load(
                 elif precision in ("none", "config"):
                     parts[name] = _skeleton(where, made)
                 else:
-                    # Either library only warns of what a file lacks, and makes it up.
                     dtype = torch.float32 if precision == "float32" else _stored_dtype(where)
+                    if transformer_only:
+                        parts[name] = _skeleton(where, made).to(dtype)
+                        continue
+                    # Either library only warns of what a file lacks, and makes it up.
                     parts[name], report = made.from_pretrained(
                         where,
                         local_files_only=True,
