@@ -321,8 +321,9 @@ def _samples(index: int) -> Iterator[tuple[str, bytes]]:
 _INTRODUCTION = """# When long work is disturbed
 
 Made by `python -m benchmarks.faults table` of what `python -m benchmarks.faults measure` saw with the
-`shapes` model on {processor}, {cores} cores. Each command was disturbed as soon as
-something of its work was finished, and then given again. *Equal* means that it then wrote, byte for byte, what an undisturbed run writes.
+`shapes` model on {processor}, {cores} cores.
+Each command was disturbed as soon as something of its work was finished, and then given again. *Equal* means
+that it then wrote, byte for byte, what an undisturbed run writes.
 
 A full disk is one that takes no file of more than {limit} bytes from that moment on. A broken shard is a file
 cut in half before the command begins, and mended before it is given again: weights of the model for `analyze`
