@@ -46,6 +46,7 @@ def student_files(directory: Path, repository: str) -> dict[str, Path | bytes]:
         for path in sorted(directory.rglob("*"))
         if path.is_file() and any(fnmatch(path.relative_to(directory).as_posix(), name) for name in FILES)
     }
+    files |= {path.name: path for path in licence_files(directory)}
     with tempfile.TemporaryDirectory() as scratch:
         drawn = Path(scratch) / _PICTURE
         draw_plan(plan, drawn)
@@ -80,7 +81,8 @@ def _text(
     name = repository.partition("/")[2]
     licence = ", ".join(f"[{path.name}]({path.name})" for path in licence_files(model.path))
     terms = read_card(model.path).license
-    baked = f" with the adapters {', '.join(adapters)} baked in" if adapters else ""
+    shown = ", ".join(Path(adapter).name if adapter.startswith("/") else adapter for adapter in adapters)
+    baked = f" with the adapters {shown} baked in" if adapters else ""
     return f"""
 # {name}
 

@@ -94,6 +94,18 @@ def test_the_card_says_how_to_open_it(students: Path) -> None:
     assert "num_inference_steps=2,\n    guidance_scale=3.0," in plain
 
 
+def test_the_card_names_adapters_and_terms_go_along_whatever_their_files_are_called(
+    students: Path, tmp_path: Path
+) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(students / "blocks", student)
+    (student / "licence.txt").write_text("more terms")
+    adapters = ["/home/me/style.safetensors:0.5", "owner/other:1"]
+    write_json(student / "report.json", read_json(student / "report.json") | {"adapters": adapters})
+    assert " with the adapters style.safetensors:0.5, owner/other:1 baked in" in card(student).text
+    assert student_files(student, "owner/name")["licence.txt"] == student / "licence.txt"
+
+
 def test_text_that_stands_in_the_card_is_kept(students: Path, tmp_path: Path) -> None:
     student = tmp_path / "student"
     shutil.copytree(students / "blocks", student)
