@@ -113,6 +113,10 @@ def lower_transformer(
 def _trace_frame(view: MMDiT, fake: FakeTensorMode, dtype: torch.dtype) -> ir.Model:
     """Trace what is before and behind the blocks, as if there were none."""
     patch, config = view.patch_size, view.transformer.config
+    frame = shallow_copy(view.transformer)
+    for name, child in view.transformer.named_children():
+        if isinstance(child, nn.ModuleList):
+            setattr(frame, name, nn.ModuleList())  # the tracer handles each parameter, read or not
     with fake:
         inputs = {
             # Sizes differ from each other and from 1, or the tracer takes them for one or a constant.
@@ -126,7 +130,7 @@ def _trace_frame(view: MMDiT, fake: FakeTensorMode, dtype: torch.dtype) -> ir.Mo
     batch, tokens = Dim("batch"), Dim("tokens")
     height, width = patch * Dim("height"), patch * Dim("width")
     shapes = ({0: batch, 2: height, 3: width}, {0: batch}, {0: batch, 1: tokens}, {0: batch}, {0: batch})
-    return trace(_Frame(view), fake, inputs, ["velocity"], shapes[: len(inputs)])
+    return trace(_Frame(type(view), frame), fake, inputs, ["velocity"], shapes[: len(inputs)])
 
 
 def _trace_block(
@@ -223,9 +227,9 @@ class _Assembly:
 class _Frame(nn.Module):
     """What is before the blocks and what is behind them, and what flows in between."""
 
-    def __init__(self, view: MMDiT) -> None:
+    def __init__(self, kind: type[MMDiT], transformer: nn.Module) -> None:
         super().__init__()
-        self.module, self._kind = view.transformer, type(view)
+        self.module, self._kind = transformer, kind
 
     def forward(
         self,

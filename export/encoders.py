@@ -117,7 +117,9 @@ def lower_vae_decoder(vae: nn.Module, weights: Mapping[str, torch.Tensor]) -> ir
     copied, fake = without_weights(vae, torch.float32)
     with fake:
         inputs = {"latents": torch.empty(2, copied.config.latent_channels, 4, 6)}
-    shapes = ({0: Dim("batch"), 2: Dim("height"), 3: Dim("width")},)
+    copied.encoder = copied.quant_conv = None  # the tracer handles each parameter, read or not
+    # Without a limit the tracer finds this one out at the end, and begins again with it.
+    shapes = ({0: Dim("batch", max=63), 2: Dim("height"), 3: Dim("width")},)
     model = trace(_Decoder(copied), fake, inputs, ["image"], shapes)
     return bind(model, weights, vae.named_buffers())
 
