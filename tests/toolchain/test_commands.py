@@ -118,7 +118,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
         (
             ("compress",),
             "scipy",
-            ("toolchain.compress", "toolchain.evaluate", "toolchain.shapes.detector"),
+            ("toolchain.compress", "toolchain.judge", "toolchain.evaluate", "toolchain.shapes.detector"),
             "compress",
         ),
         (("export", "shapes"), "onnx_ir", ("export.bundle", "export.components"), "export"),
@@ -228,7 +228,7 @@ def test_a_compression_that_was_stopped_goes_on_where_it_was(
         assert hptool(monkeypatch, *command, "halved") == 2
     assert "cannot write halved: its disk is full" in capsys.readouterr().err
     assert not Path("halved").exists()
-    assert Path("halved.work/checkpoints").exists()
+    assert Path("halved.work/try-1/checkpoints").exists()
     assert hptool(monkeypatch, *command, "halved") == 0
     assert not Path("halved.work").exists()
     assert (Path("halved") / weights).read_bytes() == (Path("whole") / weights).read_bytes()
