@@ -14,13 +14,25 @@ from toolchain.picture import State, panels
 from toolchain.plan import CompressionPlan, Sensitivity
 from toolchain.plots import component_name
 
-__all__ = ["Bar", "Dots", "Lines", "Panel", "Series", "bars", "dots", "harm_panels", "lines", "plan_panels"]
+__all__ = [
+    "HARM_RANGE",
+    "Bar",
+    "Dots",
+    "Lines",
+    "Panel",
+    "Series",
+    "bars",
+    "dots",
+    "harm_panels",
+    "lines",
+    "plan_panels",
+]
 
 _MOST_POINTS = 400
 """Of a line; more of them no screen shows."""
 _LABEL_ROOM = 9.0
 """Percent of the height that the name of a line takes."""
-_HARM_RANGE = 1e4
+HARM_RANGE = 1e4
 """How far below the greatest harm colours still tell harms apart."""
 
 
@@ -171,8 +183,10 @@ def lines(title: str, series: Sequence[Series], *, x_name: str, log: bool = Fals
         title: What is drawn.
         series: One point at least; on a logarithmic scale those not above zero are left out.
         x_name: Of the horizontal axis.
-        log: Whether the vertical axis is logarithmic.
+        log: Whether the vertical axis may be logarithmic, and is where values differ by more than ten times.
     """
+    above = [y for item in series for _, y in item.points if y > 0]
+    log = log and bool(above) and max(above) > 10 * min(above)
     if log:
         series = [item._replace(points=[(x, y) for x, y in item.points if y > 0]) for item in series]
     values = [y for item in series for _, y in item.points]
@@ -202,7 +216,7 @@ def lines(title: str, series: Sequence[Series], *, x_name: str, log: bool = Fals
                 name=item.name,
                 tone=item.tone,
                 path="M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in points),
-                marks="".join(f"M{x:.2f} {y:.2f}h0" for x, y in points) if len(points) <= 40 else "",
+                marks="".join(f"M{x:.2f} {y:.2f}h0" for x, y in points) if len(points) <= 15 else "",
                 faint=item.faint,
                 label_at=points[-1][1],
             )
@@ -249,7 +263,7 @@ def harm_panels(sensitivity: Sensitivity, plan: CompressionPlan) -> list[Panel]:
             return Cell(state="absent", text=f"{unit}: not measured")
         heat = 0.0
         if item.harm > 0:
-            heat = max(0.0, 1 + math.log10(item.harm / most) / math.log10(_HARM_RANGE))
+            heat = max(0.0, 1 + math.log10(item.harm / most) / math.log10(HARM_RANGE))
         names = plan.geometry.blocks[block].components if name is None else (name,)
         gone = set(names) <= removed.get(block, frozenset())
         text = f"{unit}: {item.harm:.3g} ± {item.standard_error:.2g}" + (", removed" if gone else "")

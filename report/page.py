@@ -20,7 +20,7 @@ from deploy.bench import Bench, Spread
 from deploy.bundle import MANIFEST, SIGNATURE, graph_files
 from export.engine import ENGINES
 from export.fit import TargetFit
-from report.charts import Series, bars, dots, harm_panels, lines, plan_panels
+from report.charts import HARM_RANGE, Series, bars, dots, harm_panels, lines, plan_panels
 from report.evidence import HISTORY_FILE, PARITY_FILE, BundleRun, Evidence, History
 from report.measure import RUNTIME_NAMES, SEED, Measured, bundle_name
 from toolchain.compress import REPORT_FILE
@@ -34,8 +34,13 @@ __all__ = ["render_page"]
 _LARGEST_TILE = 320
 """Pixels of a picture on the page; the PNG beside it has them all."""
 _HERE = "measured for this report"
+_TASKS = {"two_object": "two objects", "color_attr": "attribute binding"}
 _STAGES = ("original", "pruned", "distilled")
 _BUNDLE_TONE = len(_STAGES)
+
+
+_Time = tuple[str, int, Spread, str]
+"""The name of a stage, its tone, the time of a step, and where it is from."""
 
 
 @dataclass(kw_only=True)
@@ -97,7 +102,7 @@ def _title(evidence: Evidence) -> str:
 def _headline(evidence: Evidence) -> str:
     parts = []
     if evidence.student is not None:
-        parts.append(f"without {evidence.student.plan.ratio_reached:.0%} of its transformer")
+        parts.append(f"without {_percent(evidence.student.plan.ratio_reached, 1, 0)} of its transformer")
     if evidence.bundle is not None:
         parts.append(f"with {evidence.bundle.weights} weights")
     return " and ".join(parts)
@@ -131,12 +136,10 @@ def _tiles(evidence: Evidence, measured: Measured) -> list[_Tile]:
                 note=f"{decimal(before)} → {decimal(after)}",
             )
         )
-    times = [(name, spread.p50) for name, _, spread, _ in _times(evidence, measured)]
-    if len(times) > 1:
-        # The fastest way to run it is the one that anybody would take.
-        first, last = times[0][1], min(time for _, time in times)
+    if measured.steps_ms and (times := _times(evidence, measured)):
+        first, last = times[0][2].p50, _last_time(times)[2].p50
         tiles.append(
-            _Tile(name="time a step, here", value=_change(last, first), note=f"{first:.1f} → {last:.1f} ms")
+            _Tile(name="time a step", value=_change(last, first), note=f"{first:.1f} → {last:.1f} ms")
         )
     scores = list(_scores(evidence, measured).values())
     if len(scores) > 1:
@@ -209,7 +212,8 @@ def _removed_in_words(plan: CompressionPlan) -> str:
     gone = " and ".join(parts) or "nothing"
     return (
         f"Of {len(plan.geometry.blocks)} blocks, {gone} went, by the rule {plan.rule}: "
-        f"{plan.ratio_reached:.1%} of the parameters and {plan.flops_ratio_reached:.1%} of the FLOPs."
+        f"{_percent(plan.ratio_reached, 1)} of the parameters and {_percent(plan.flops_ratio_reached, 1)} of "
+        "the FLOPs."
     )
 
 
@@ -224,13 +228,13 @@ def _sensitivity(evidence: Evidence) -> Section:
     most = max(single, key=lambda item: item.harm)
     least = min(single, key=lambda item: item.harm)
     section.lead = (
-        f"The {found.metric} without one part at a time: from {least.harm:.2g} without {least.removed[0]} "
-        f"to {most.harm:.2g} without {most.removed[0]}."
+        f"The harm of leaving out one part at a time, by {found.metric}: from {least.harm:.2g} without "
+        f"{least.removed[0]} to {most.harm:.2g} without {most.removed[0]}."
     )
     section.sources = [f"Measured in {student.path / SENSITIVITY_FILE}, each part removed alone."]
     section.data = {
         "panels": harm_panels(found, student.plan),
-        "least": "1/10,000 of that, or less",
+        "least": f"{most.harm / HARM_RANGE:.2g} or less",
         "most": f"{most.harm:.3g}",
     }
     return section
@@ -324,7 +328,10 @@ def _quality(evidence: Evidence, measured: Measured) -> Section:
             most=1.0,
         )
         section.data["tasks"] = [
-            (task.replace("_", " "), [f"{score.tasks[task]:.2f}" for score in scores.values()])
+            (
+                _TASKS.get(task, task.replace("_", " ")),
+                [f"{score.tasks[task]:.2f}" for score in scores.values()],
+            )
             for task in first.tasks
         ]
         section.data["names"] = list(scores)
@@ -350,7 +357,7 @@ def _memory(evidence: Evidence, measured: Measured) -> Section:
         if engines := sum(engine.bytes or 0 for engine in bundle.engines if engine.path is not None):
             parts["engines"] = engines
         section.data["parts"] = bars(
-            (name.replace("_", " "), _BUNDLE_TONE, size, decimal(size), None)
+            (_part(name), _BUNDLE_TONE, size, decimal(size), None)
             for name, size in sorted(parts.items(), key=lambda item: -item[1])
         )
     peaks = {
@@ -371,7 +378,8 @@ def _memory(evidence: Evidence, measured: Measured) -> Section:
         section.data["fit_names"] = list(fits)
         if measured.fits:
             section.sources.append(
-                "Devices: computed for this report as hptool fit does, from the configurations."
+                "Devices: computed for this report as hptool fit does, from the original's configuration; "
+                "the student is taken for that with a smaller transformer."
             )
         section.sources += [f"Devices: {path}." for path in evidence.fits]
     if not sizes and not fits:
@@ -414,9 +422,9 @@ def _latency(evidence: Evidence, measured: Measured) -> Section:
     if not times:
         section.absent = next(iter(measured.notes), "Nothing was timed.")
         return section
-    fastest = min(times, key=lambda item: item[2].p50)
-    section.lead = f"A step takes {fastest[2].p50:.1f} ms with {fastest[0]}" + (
-        f", {times[0][2].p50:.1f} ms with {times[0][0]}." if fastest is not times[0] else "."
+    last = _last_time(times)
+    section.lead = f"A step takes {last[2].p50:.1f} ms with {last[0]}" + (
+        f", {times[0][2].p50:.1f} ms with the {times[0][0]}." if last is not times[0] else "."
     )
     section.sources = list(dict.fromkeys(source for *_, source in times))
     section.data["steps"] = bars(
@@ -454,7 +462,7 @@ def _parity(evidence: Evidence) -> Section:
         groups.setdefault((row.stage, row.graph), []).append(row)
     section.data["rows"] = [
         {
-            "stage": stage.replace("_", " "),
+            "stage": _part(stage),
             "graph": graph,
             "weights": rows[0].weights,
             "activations": rows[0].activations,
@@ -469,7 +477,7 @@ def _parity(evidence: Evidence) -> Section:
     worst = max(parity.rows, key=lambda row: row.relative_error / row.limit)
     section.lead = (
         f"Every graph was compared with torch before it was written: {len(parity.rows)} comparisons, none "
-        f"beyond its limit; closest to it came {worst.stage.replace('_', ' ')}, "
+        f"beyond its limit; closest to it came {_part(worst.stage)}, "
         f"with {worst.relative_error:.2g} of {worst.limit:g}."
     )
     charts = []
@@ -506,10 +514,14 @@ def _parity(evidence: Evidence) -> Section:
         charts.append(lines("drift of the latents from torch's while sampling", series, x_name="step"))
     section.data["charts"] = charts
     section.data["stored"] = [
-        (name.replace("_", " "), len(report.quantized), len(report.skipped), decimal(report.num_bytes))
+        (_part(name), len(report.quantized), len(report.skipped), decimal(report.num_bytes))
         for name, report in parity.quantization.items()
     ]
     return section
+
+
+def _part(name: str) -> str:
+    return name.replace("_", " ").replace("vae", "VAE")
 
 
 def _short_graph(graph: str) -> str:
@@ -528,9 +540,8 @@ def _engines(evidence: Evidence) -> Section:
         return section
     section.sources = [f"Noted at the export, in {bundle.bundle.path / ENGINES}. Engines were not run there."]
     built = [engine for engine in bundle.engines if engine.bytes is not None]
-    section.lead = (
-        f"{len(built)} of {len(bundle.engines)} engines were built at the export; the others are built on "
-        "their devices."
+    section.lead = f"{len(built)} of {len(bundle.engines)} engines were built at the export" + (
+        "." if len(built) == len(bundle.engines) else "; the others are built on their devices."
     )
     section.data["rows"] = [
         (
@@ -645,8 +656,8 @@ def _benches(evidence: Evidence, measured: Measured) -> list[tuple[str, Bench, s
     ]
 
 
-def _times(evidence: Evidence, measured: Measured) -> list[tuple[str, int, Spread, str]]:
-    """Of a step, stage by stage: the name, its tone, the time, and where it is from."""
+def _times(evidence: Evidence, measured: Measured) -> list[_Time]:
+    """Of a step, stage by stage."""
     here = f"In torch: {_HERE}, float32, on {measured.machine}."
     return [
         *((f"{name} in torch", _tone(name), spread, here) for name, spread in measured.steps_ms.items()),
@@ -655,6 +666,11 @@ def _times(evidence: Evidence, measured: Measured) -> list[tuple[str, int, Sprea
             for label, bench, source in _benches(evidence, measured)
         ),
     ]
+
+
+def _last_time(times: Sequence[_Time]) -> _Time:
+    """Of the last stage; where it was run in several ways, the fastest, for that is the one to take."""
+    return min((item for item in times if item[1] == times[-1][1]), key=lambda item: item[2].p50)
 
 
 def _tone(stage: str) -> int:
@@ -674,15 +690,15 @@ def _data_uri(picture: npt.NDArray[np.uint8]) -> str:
 
 
 def _change(after: float, before: float) -> str:
-    return f"{100 * (after - before) / before:+.0f} %".replace("-", "−")
+    return f"{100 * (after - before) / before:+.0f}\N{NO-BREAK SPACE}%".replace("-", "−")
 
 
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / max(whole, 1):.1f} %"
+def _percent(part: float, whole: float, digits: int = 1) -> str:
+    return f"{100 * part / (whole or 1):.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def _with_share(size: int, whole: int) -> str:
-    return decimal(size) if size == whole else f"{decimal(size)}, {size / whole:.0%}"
+    return decimal(size) if size == whole else f"{decimal(size)}, {_percent(size, whole, 0)}"
 
 
 def _count(value: float) -> str:

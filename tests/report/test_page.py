@@ -128,7 +128,12 @@ def test_every_section_is_there_and_says_what_the_artefacts_say(html: str) -> No
     assert [name for name in page.text if name] == SECTIONS
     for section, words in {
         "pictures": ["a red circle", "INT4 on onnxruntime", "seed 0"],
-        "removed": ["1 whole block and 1 component went", "40.0% of the parameters", "1.attn", "15.0 %"],
+        "removed": [
+            "1 whole block and 1 component went",
+            "40.0\xa0% of the parameters",
+            "1.attn",
+            "15.0\xa0%",
+        ],
         "sensitivity": ["to 1 without 0", "whole block", "attention"],
         "training": ["from 0.5 to 0.125 in 3 steps", "velocity error at checks"],
         "quality": ["0.975 ± 0.013", "0.938 ± 0.013", "0.0432", "two object"],
