@@ -181,16 +181,22 @@ class Model:
         """
         import torch
 
-        pictures = self.pipeline(
-            prompts,
-            num_inference_steps=self.defaults.num_inference_steps,
-            guidance_scale=self.defaults.guidance_scale,
-            max_sequence_length=self.defaults.max_sequence_length,
-            height=self.defaults.height,
-            width=self.defaults.width,
-            latents=self.mmdit.pipeline_latents(torch.from_numpy(noise)),
-            output_type="np",
-        ).images
+        from toolchain.prefix import lent
+        from toolchain.processes import processes
+
+        parts = [item for item in self.pipeline.components.values() if isinstance(item, torch.nn.Module)]
+        latents = torch.from_numpy(noise).to(processes().device)
+        with lent(*parts):
+            pictures = self.pipeline(
+                prompts,
+                num_inference_steps=self.defaults.num_inference_steps,
+                guidance_scale=self.defaults.guidance_scale,
+                max_sequence_length=self.defaults.max_sequence_length,
+                height=self.defaults.height,
+                width=self.defaults.width,
+                latents=self.mmdit.pipeline_latents(latents),
+                output_type="np",
+            ).images
         images: npt.NDArray[np.uint8] = (pictures * 255).round().astype("uint8")
         return images
 
