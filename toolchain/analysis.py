@@ -189,7 +189,6 @@ def fingerprint(magnitude: Iterable[float]) -> list[str]:
 @torch.no_grad()
 def velocity_errors(view: MMDiT, states: States, *, batch_size: int = BATCH_SIZE) -> torch.Tensor:
     """|v - v_teacher|² / |v_teacher|² of every state, v being what the sampler follows."""
-
     here = processes()
 
     def errors(rows: slice) -> torch.Tensor:
@@ -220,7 +219,6 @@ class Rescorer:
     @torch.no_grad()
     def __call__(self, removed: Removal, units: Sequence[Unit]) -> Mapping[Unit, float]:
         """The mean error without `removed` and one of `units`, less the one without `removed` alone."""
-        thinned = _Thinned(self._view, self._geometry, self._semantics, removed)
         totals = dict.fromkeys(units, 0.0)
         whole, last = 0.0, len(self._geometry.blocks)
         walk: _Walk | None = None
@@ -240,6 +238,8 @@ class Rescorer:
             (rows, index) for rows in self._states.batches(self._batch_size) for index in range(last + 1)
         ]
         with lent(self._view.transformer):
+            # Only now, for what it cuts out of weights is where they are.
+            thinned = _Thinned(self._view, self._geometry, self._semantics, removed)
             for found in processes().each(pieces, errors):
                 for unit, error in found.items():
                     if unit is None:
@@ -402,7 +402,6 @@ class _Subject:
         wanted: Sequence[Removal],
         names: Sequence[str],
     ) -> None:
-        walk = _Walk(self._whole, states, rows)
         here = [
             [removal for removal in wanted if removal[0].block == index] for index in range(len(names) - 1)
         ]
@@ -438,6 +437,7 @@ class _Subject:
         self._skip(sum(len(items) for index, items in enumerate(here) if index not in todo))
         shared = processes()
         with lent(self._model.mmdit.transformer):
+            walk = _Walk(self._whole, states, rows)
             for turn, (index, piece) in enumerate(zip(todo, shared.each(todo, measure), strict=True)):
                 self._finished[names[index]] = piece
                 if not shared.owns(turn):
