@@ -192,7 +192,7 @@ def velocity_errors(view: MMDiT, states: States, *, batch_size: int = BATCH_SIZE
     here = processes()
 
     def errors(rows: slice) -> torch.Tensor:
-        latents, timesteps, text, said = states.batch(rows, here.device)
+        latents, timesteps, text, said = states.batch(rows, device=here.device)
         found = states.followed(view.velocity(latents, timesteps, text))
         return Velocity().errors(found, states.followed(said)).cpu()
 
@@ -292,7 +292,7 @@ class _Walk:
     """What enters the blocks of a model, one after the other, for some states."""
 
     def __init__(self, thinned: _Thinned, states: States, rows: slice) -> None:
-        latents, timesteps, text, self.said = states.batch(rows, processes().device)
+        latents, timesteps, text, self.said = states.batch(rows, device=processes().device)
         self.rows, self._thinned, self._index = rows, thinned, 0
         self._streams = thinned.view.begin(latents, timesteps, text)
 

@@ -263,7 +263,7 @@ class Lesson:
 
     def batch(self, states: States, rows: torch.Tensor) -> Batch:
         """Some states, on the student's device."""
-        latents, timesteps, text, velocities = states.batch(rows, self.device)
+        latents, timesteps, text, velocities = states.batch(rows, device=self.device)
         return Batch(latents=latents, timesteps=timesteps, text=text, velocities=velocities)
 
     def prefix(self, batch: Batch) -> Streams:

@@ -65,7 +65,7 @@ class States:
         return free + self.guidance_scale * (asked - free)
 
     def batch(
-        self, rows: slice | torch.Tensor, device: torch.device | None = None
+        self, rows: slice | torch.Tensor, *, device: torch.device | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, TextStates, torch.Tensor]:
         """Latents, timesteps, text and teacher's velocities of some states, on a device if one is named."""
         text = self.text.index(self.prompt_index[rows])
