@@ -32,6 +32,7 @@ from diffusers import (
 )
 from rich.console import Console
 from rich.table import Table
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.machine import machine
 from toolchain.artifacts import write_json
@@ -137,31 +138,49 @@ def _plan(geometry: Geometry, removed: tuple[int, ...]) -> CompressionPlan:
 class Whole:
     """Two models that share nothing, each run from its first block to its last."""
 
-    def __init__(self, model: Model, plan: CompressionPlan, states: States, *, everything: bool) -> None:
+    def __init__(
+        self,
+        model: Model,
+        plan: CompressionPlan,
+        states: States,
+        recipe: DistillRecipe,
+        *,
+        everything: bool,
+    ) -> None:
         student = prune(model, plan)
         self.teacher, self.student, self.plan, self.states = model.mmdit, student.mmdit, plan, states
+        self.recipe, self.first = recipe, plan.first_change
         own = self.student
         own.transformer.requires_grad_(everything)
-        learning = ["head", *(str(k) for k, old in enumerate(plan.kept_blocks) if old > REMOVED[0])]
+        learning = ["head", *(str(k) for k, old in enumerate(plan.kept_blocks) if old > self.first)]
         for item in (item for unit in learning for item in own.parameters_of(unit)):
             item.requires_grad_(True)
+        for item in own.transformer.parameters():
+            if item.requires_grad:
+                item.data = item.data.float()
+        self.device = own.parameters_of("head")[0].device
 
     def loss_at(self, step: int) -> torch.Tensor:
         """The default loss: the velocity, and what the blocks behind the first removed one give."""
-        rows = torch.arange(BATCH) + step * BATCH % NUM_STATES
+        batch = self.recipe.batch_size
+        rows = (torch.arange(batch) + step * batch) % len(self.states)
         latents, timesteps, text, _ = self.states.batch(rows)
-        with torch.autocast("cpu", torch.bfloat16):
+        latents, timesteps = latents.to(self.device), timesteps.to(self.device)
+        text = TextStates(
+            tokens_BTJ=text.tokens_BTJ.to(self.device), pooled_BP=text.pooled_BP.to(self.device)
+        )
+        with torch.autocast(self.device.type, torch.bfloat16):
             with torch.no_grad():
                 target, theirs = self._run(self.teacher, latents, timesteps, text)
             predicted, ours = self._run(self.student, latents, timesteps, text)
         pairs = [
             (mine, other)
             for k, old in enumerate(self.plan.kept_blocks)
-            if old > REMOVED[0]
+            if old > self.first
             for mine, other in zip(ours[k], theirs[old], strict=True)
             if mine is not None and other is not None
         ]
-        weights = RECIPE.losses
+        weights = self.recipe.losses
         return weights.output * output_loss(predicted, target) + weights.features * feature_loss(pairs)
 
     def _run(
@@ -169,10 +188,13 @@ class Whole:
     ) -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor | None, ...]]]:
         streams = model.begin(latents, timesteps, text)
         seen: dict[int, tuple[torch.Tensor | None, ...]] = {}
-        first = REMOVED[0]  # nothing is removed before it, so it is the student's first own block as well
         for index, block in enumerate(model.blocks):
-            streams = model.apply(block, streams)
-            if index >= first:
+            if self.recipe.checkpointing and torch.is_grad_enabled():
+                streams = checkpoint(model.apply, block, streams, use_reentrant=False)
+            else:
+                streams = model.apply(block, streams)
+            # Nothing is removed before it, so it is the student's first own block as well.
+            if index >= self.first:
                 seen[index] = (streams.image_BND, streams.text_BTD)
         return model.end(streams), seen
 
@@ -196,7 +218,7 @@ def _time() -> dict[str, float]:
         return lesson.student, loss_at
 
     def whole(*, everything: bool) -> tuple[MMDiT, Callable[[int], torch.Tensor]]:
-        way = Whole(model, plan, states, everything=everything)
+        way = Whole(model, plan, states, RECIPE, everything=everything)
         return way.student, way.loss_at
 
     with tempfile.TemporaryDirectory() as directory:
@@ -267,7 +289,7 @@ def _measure_memory(way: str) -> int:
                 peak[0] = 0  # the optimiser has its state, and what is to rest has left
 
         if way.startswith("whole"):
-            pair = Whole(model, plan, states, everything="everything" in way)
+            pair = Whole(model, plan, states, RECIPE, everything="everything" in way)
             optimize_(pair.student.transformer, pair.loss_at, _STEPS, on_step=on_step)
         else:
             distill_(

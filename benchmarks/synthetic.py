@@ -154,7 +154,6 @@ STUDENTS = {
             "caption_projection_dim": 768,
         },
         clip_widths=(768, 1280),
-        t5_tokens=0,
         size=512,
         shift=3.0,
         scaling=(1.5305, 0.0609),

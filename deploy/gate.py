@@ -1,4 +1,4 @@
-"""Who is let in: the token, the names this machine answers to, and how much of a body is read."""
+"""Who is let in: the token, the names this machine answers to, a place in the line, and how much is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deploy.errors import DeployError, extra
-from deploy.images_api import GENERATIONS, ApiError, answer
+from deploy.images_api import GENERATIONS, ApiError, answer, api_error
 
 with extra("serve"):
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -33,15 +33,18 @@ class Gate:
         token: str | None,
         local: bool,
         body_bytes: int,
+        check_place: Callable[[], None],
         on_refusal: Callable[[str], None],
     ) -> None:
         """Wrap an app.
 
         Args:
             local: Whether to answer only to this machine's own names, where there is no token.
+            check_place: Raises when no request for pictures can be taken now, whatever it asks for.
             on_refusal: Called with the code of the error when a request for pictures is refused.
         """
-        self._app, self._body_bytes, self._on_refusal = app, body_bytes, on_refusal
+        self._app, self._body_bytes = app, body_bytes
+        self._check_place, self._on_refusal = check_place, on_refusal
         self._token = None if token is None else _digest(token.encode())
         self._local = local
 
@@ -52,6 +55,8 @@ class Gate:
             return
         headers = dict(scope["headers"])
         refusal = None if scope["path"] in _OPEN_PATHS else self._refusal(headers)
+        if refusal is None and scope["path"] == GENERATIONS:
+            refusal = self._no_place()
         if refusal is not None:
             if scope["path"] == GENERATIONS:
                 self._on_refusal(refusal.code)
@@ -82,6 +87,14 @@ class Gate:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._body_bytes:
             return self._too_large()
+        return None
+
+    def _no_place(self) -> ApiError | None:
+        # Before the body is parsed: of a flood, most are refused, and others wait while that is done.
+        try:
+            self._check_place()
+        except DeployError as error:
+            return api_error(error)
         return None
 
     def _too_large(self) -> ApiError:

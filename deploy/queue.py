@@ -210,13 +210,18 @@ class Worker(Generic[P]):
             Stopping: `drain` was called.
         """
         with self._change:
+            self.check_place()
+            self._jobs.append(job)
+            self._change.notify()
+            return len(self._jobs) - 1 + (self._running is not None)
+
+    def check_place(self) -> None:
+        """Raise what `submit` would for any job now, without looking at one."""
+        with self._change:
             if self._closing:
                 raise Stopping
             if len(self._jobs) + (self._running is not None) > self.size:
                 raise QueueFull(self.size, self._seconds_until_a_place())
-            self._jobs.append(job)
-            self._change.notify()
-            return len(self._jobs) - 1 + (self._running is not None)
 
     def cancel(self, job: Job, error: Exception) -> None:
         """End a job, whether it waits or is being painted; one that has ended stays as it is."""

@@ -29,7 +29,7 @@ from deploy.bundle import (
 from deploy.errors import DeployError, extra
 from deploy.signature import open_signed_bundle
 
-__all__ = ["pull_bundle", "push_bundle"]
+__all__ = ["pull_bundle", "push_bundle", "push_files"]
 
 Bar = Callable[[str, int], Callable[..., None]]
 
@@ -68,9 +68,30 @@ def push_bundle(
         path = bundle.path / name
         files[name] = File(sha256=_sha256(path), bytes=path.stat().st_size)
     if scheme == "hf":
-        _push_hub(bundle.path, list(files), place, private=private)
+        held = {name: bundle.path / name for name in files}
+        _push_hub(held, place, f"hptool push {bundle.path.name}", private=private)
     else:
         _push_registry(bundle.path, files, place, bar)
+
+
+def push_files(
+    files: Mapping[str, Path | bytes], destination: str, *, message: str, private: bool = False
+) -> None:
+    """Publish files on the hub in one commit: all of them, or none.
+
+    Args:
+        files: By their names in the repository.
+        destination: `hf://owner/name[@branch]`.
+        message: Of the commit.
+        private: As `push_bundle` takes it.
+
+    Raises:
+        DeployError: The destination is not on the hub, or it cannot be reached or does not take them.
+    """
+    scheme, place = _parsed(destination)
+    if scheme != "hf":
+        raise DeployError(f"{destination} is a registry, which takes bundles alone. Give hf://owner/name.")
+    _push_hub(files, place, message, private=private)
 
 
 def pull_bundle(
@@ -145,21 +166,20 @@ def _remote(place: str, login: str) -> Iterator[None]:
         ) from error
 
 
-def _push_hub(root: Path, names: list[str], place: str, *, private: bool) -> None:
+def _push_hub(files: Mapping[str, Path | bytes], place: str, message: str, *, private: bool) -> None:
     with extra("hub"):
-        from huggingface_hub import HfApi
+        from huggingface_hub import CommitOperationAdd, HfApi
     repository, _, branch = place.partition("@")
     with _remote(f"hf://{place}", "hf auth login"):
         hub = HfApi()
         hub.create_repo(repository, private=private, exist_ok=True)
         if branch:
             hub.create_branch(repository, branch=branch, exist_ok=True)
-        hub.upload_folder(
-            repo_id=repository,
-            folder_path=root,
+        hub.create_commit(
+            repository,
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=held) for name, held in files.items()],
+            commit_message=message,
             revision=branch or None,
-            allow_patterns=[glob.escape(name) for name in names],
-            commit_message=f"hptool push {root.name}",
         )
 
 

@@ -175,7 +175,14 @@ def build_app(
     # Its documentation pages would load scripts from elsewhere.
     app = FastAPI(title="hptool", docs_url=None, redoc_url=None)
     metrics = Metrics(lambda: worker.depth)
-    app.add_middleware(Gate, token=token, local=local, body_bytes=limits.body_bytes, on_refusal=metrics.count)
+    app.add_middleware(
+        Gate,
+        token=token,
+        local=local,
+        body_bytes=limits.body_bytes,
+        check_place=worker.check_place,
+        on_refusal=metrics.count,
+    )
     page, policy = _page()
 
     def pipeline() -> EdgePipeline:

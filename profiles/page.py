@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from profiles.schema import Profile, available_profiles, field_docs, load_profile
+from profiles.schema import Profile, available_profiles, load_profile
+from profiles.typed import field_docs
 
 __all__ = ["targets_markdown"]
 
@@ -14,7 +15,7 @@ def targets_markdown() -> str:
     profiles = [load_profile(name) for name in available_profiles()]
     rows = [_HEADINGS, ("---",) * len(_HEADINGS), *map(_cells, profiles)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    fields = "\n".join(f"- `{name}`: {doc}" for name, doc in field_docs().items())
+    fields = "\n".join(f"- `{name}`: {doc}" for name, doc in field_docs(Profile).items())
     return f"{table}\n\n{fields}\n"
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
-import inspect
 import re
 import tomllib
 from collections import Counter
@@ -23,7 +21,6 @@ __all__ = [
     "ProfileError",
     "Runtime",
     "available_profiles",
-    "field_docs",
     "load_profile",
 ]
 
@@ -180,18 +177,6 @@ def load_profile(name_or_path: str) -> Profile:
     """
     profile, _ = _load(_find(name_or_path, Path()), ())
     return profile
-
-
-def field_docs() -> dict[str, str]:
-    """Return what is written under each field of `Profile`, in the order of the fields."""
-    (definition,) = ast.parse(inspect.getsource(Profile)).body
-    assert isinstance(definition, ast.ClassDef)
-    docs = {}
-    for field, doc in zip(definition.body, definition.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
-            assert isinstance(field.target, ast.Name)
-            docs[field.target.id] = inspect.cleandoc(ast.literal_eval(doc.value)).replace("\n", " ")
-    return docs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,11 @@
-"""Plain data (JSON, TOML) into frozen dataclasses: nothing unknown, nothing missing, no coercion."""
+"""Plain data (JSON, TOML) into frozen dataclasses: nothing unknown, nothing missing, no coercion; and what
+is written of their fields."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import reprlib
 import types
 import typing
@@ -35,10 +38,26 @@ def from_data(cls: type[T], data: Any, where: str = "") -> T:
     names = [field.name for field in fields]
     if unknown := [key for key in data if key not in names]:
         raise TypedDataError(f"unknown key {_quoted(prefix, unknown)}; known are {', '.join(names)}")
-    required = [field.name for field in fields if field.default is dataclasses.MISSING]
+    required = [
+        field.name
+        for field in fields
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
     if missing := [name for name in required if name not in data]:
         raise TypedDataError(f"missing key {_quoted(prefix, missing)}")
     return cls(**{key: _value(hints[key], value, f"{prefix}{key}") for key, value in data.items()})
+
+
+def field_docs(cls: type[Any]) -> dict[str, str]:
+    """What is written under each field of the dataclass `cls`, in the order of the fields."""
+    (definition,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(definition, ast.ClassDef)
+    docs = {}
+    for field, doc in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
+            assert isinstance(field.target, ast.Name)
+            docs[field.target.id] = inspect.cleandoc(ast.literal_eval(doc.value)).replace("\n", " ")
+    return docs
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:

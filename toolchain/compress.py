@@ -113,6 +113,8 @@ class Outcome:
     """What was done and what it cost."""
 
     model: str
+    adapters: tuple[str, ...]
+    """LoRA adapters that were baked into it first, each with its scale."""
     student: str
     rule: str
     removed: str
@@ -319,6 +321,7 @@ def compress_model(
 
     outcome = Outcome(
         model=teacher.source,
+        adapters=teacher.adapters,
         student=str(output),
         rule=chosen.rule,
         removed=format_units(chosen.removed),
@@ -483,7 +486,7 @@ def prompt_sets(teacher: Model, recipe: Recipe, path: Path | None) -> PromptSets
             analysed=[caption.text for caption in islice(seen, few)],
             taught=[caption.text for caption in islice(seen, num_taught)],
         )
-    lines = _read_prompts(path, 2 * few)
+    lines = read_prompts(path, 2 * few)
     rest = lines[few:]
     return PromptSets(
         judged=lines[:few],
@@ -501,7 +504,7 @@ def analysis_prompts(model: Model, path: Path | None, number: int, *, seed: int)
     if path is None:
         _check_world(model)
         return [caption.text for caption in islice(captions(held_out=False, seed=seed), number)]
-    return _read_prompts(path, number)[:number]
+    return read_prompts(path, number)[:number]
 
 
 def _check_world(model: Model) -> None:
@@ -512,7 +515,12 @@ def _check_world(model: Model) -> None:
         )
 
 
-def _read_prompts(path: Path, least: int) -> list[str]:
+def read_prompts(path: Path, least: int) -> list[str]:
+    """The prompts of a text file, one a line.
+
+    Raises:
+        ToolchainError: It cannot be read, or holds too few.
+    """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

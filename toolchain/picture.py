@@ -35,7 +35,7 @@ _MARKS: dict[State, tuple[str, str, str]] = {
     "absent": (" ", " ", ""),
 }
 """In Unicode, in ASCII, and the style in a terminal."""
-_MEANING: dict[State, str] = {
+MEANING: dict[State, str] = {
     "full": "learns in full",
     "strong": "at least 1/2",
     "weak": "at least 1/10",
@@ -171,7 +171,7 @@ def _mark(state: State, ascii_only: bool) -> tuple[str, str]:
 
 def _legend(ascii_only: bool) -> Text:
     line = Text()
-    for state, meaning in _MEANING.items():
+    for state, meaning in MEANING.items():
         line.append(*_mark(state, ascii_only)).append(f" {meaning}   ")
     return line
 
@@ -273,11 +273,11 @@ def draw_plan(plan: CompressionPlan, path: Path) -> None:
     figure.legend(
         handles=[
             Patch(facecolor=_FILL[state], edgecolor=_CROSS if state == "removed" else "none", label=meaning)
-            for state, meaning in _MEANING.items()
+            for state, meaning in MEANING.items()
         ],
         loc="upper left",
         bbox_to_anchor=(0.08 / width, 1 - 0.45 / height),
-        ncols=len(_MEANING),
+        ncols=len(MEANING),
         frameon=False,
         fontsize=8.5,
     )

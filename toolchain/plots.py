@@ -49,7 +49,7 @@ def draw_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
     harms = {item.removed: item for item in sensitivity.harms}
     num_blocks = len(sensitivity.geometry.blocks)
     # What joint and single blocks call differently but does the same shares a panel.
-    components = list(dict.fromkeys(_name(item[0].component) for item in harms if item[0].component))
+    components = list(dict.fromkeys(component_name(item[0].component) for item in harms if item[0].component))
     if not harms:
         raise ToolchainError("there is no harm to draw: nothing was removed in this analysis")
 
@@ -97,7 +97,7 @@ def draw_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
             figure,
             rest.pop(0),
             rows,
-            [f"{_name(first)} + {_name(second)}" for first, second in names_of_pairs],
+            [f"{component_name(first)} + {component_name(second)}" for first, second in names_of_pairs],
             f"two components of a {kind} block",
             scale,
         )
@@ -109,7 +109,7 @@ def _row(sensitivity: Sensitivity, name: str | None) -> list[Harm | None]:
     found: list[Harm | None] = [None] * len(sensitivity.geometry.blocks)
     for item in sensitivity.harms:
         component = item.removed[0].component
-        if len(item.removed) == 1 and (None if component is None else _name(component)) == name:
+        if len(item.removed) == 1 and (None if component is None else component_name(component)) == name:
             found[item.removed[0].block] = item
     return found
 
@@ -126,7 +126,8 @@ def _pairs_of(
     return list(dict.fromkeys(found))
 
 
-def _name(component: str) -> str:
+def component_name(component: str) -> str:
+    """For people; what joint and single blocks call differently but does the same has one name."""
     return _NAMES.get(component, component)
 
 

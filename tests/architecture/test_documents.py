@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from profiles.page import targets_markdown
+from recipes.page import recipes_markdown
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
@@ -42,6 +43,11 @@ def test_make_targets_that_documents_name_exist() -> None:
         for target in re.findall(r"(?:^|`)make ([a-z-]+)", document.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert named <= targets
+
+
+def test_the_page_of_recipes_is_what_the_command_prints() -> None:
+    page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    assert page.endswith(f"\n\n{recipes_markdown()}"), "hptool recipes --markdown prints its end anew"
 
 
 def test_the_page_of_targets_is_what_the_command_prints() -> None:

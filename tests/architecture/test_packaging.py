@@ -11,7 +11,7 @@ import pytest
 from hatchling.builders.wheel import WheelBuilder
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("deploy", "export", "profiles", "toolchain")
+PACKAGES = ("deploy", "export", "profiles", "recipes", "report", "toolchain")
 
 
 @pytest.fixture(scope="module")

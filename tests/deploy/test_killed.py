@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 MakeBundle = Callable[..., Path]
 
-# `hptool run` with graphs prepared, however small, that kills itself where it is told to: when it has called
+# `hptool` with graphs prepared, however small, that kills itself where it is told to: when it has called
 # a function so often and is about to again.
-RUN = """
+HPTOOL = """
 import importlib, os, signal, sys
 from deploy import prepared, session
 from toolchain import cli
@@ -36,17 +38,18 @@ if where:
         return function(*given, **options)
 
     setattr(holder, name, counted)
-sys.argv = ["hptool", "run", *arguments]
+sys.argv = ["hptool", *arguments]
 cli.main()
 """
 
 
-def run(
-    bundle: Path, cache: Path, output: Path, *, where: str = "", call: int = 0
-) -> subprocess.CompletedProcess[str]:
-    arguments = [str(bundle), "a red circle", "--output", str(output), "--target", "cpu-x86"]
+def run(bundle: Path, cache: Path, output: Path, **kill: Any) -> subprocess.CompletedProcess[str]:
+    return hptool("run", str(bundle), "a red circle", "--output", str(output), cache=cache, **kill)
+
+
+def hptool(*arguments: str, cache: Path, where: str = "", call: int = 0) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", RUN, where, str(call), *arguments],
+        [sys.executable, "-c", HPTOOL, where, str(call), *arguments, "--target", "cpu-x86"],
         env=os.environ | {"HPTOOL_CACHE": str(cache)},
         capture_output=True,
         text=True,
@@ -60,10 +63,11 @@ def run(
         ("deploy.session._rewrite", 1, 0),  # the first graph is half prepared
         ("os.fsync", 0, 0),  # it is written, and has no name yet
         ("os.fsync", 3, 1),  # the second one is
+        ("deploy.pipeline.euler_step", 2, 2),  # it paints; the decoder comes last
         ("deploy.pipeline.save_png", 0, 3),  # all are that have weights
     ],
 )
-def test_a_run_that_was_killed_while_preparing_is_followed_by_one_that_works(
+def test_a_run_that_was_killed_is_followed_by_one_that_works(
     make_bundle: MakeBundle, tmp_path: Path, where: str, call: int, entries: int
 ) -> None:
     bundle, cache, output = make_bundle(), tmp_path / "cache", tmp_path / "out.png"
@@ -78,3 +82,14 @@ def test_a_run_that_was_killed_while_preparing_is_followed_by_one_that_works(
     assert len([path for path in (cache / "prepared").iterdir() if not path.name.startswith(".")]) == 3
     assert run(bundle, cache, output).returncode == 0
     assert output.read_bytes() == first
+
+
+def test_a_bench_that_was_killed_is_followed_by_one_that_works(
+    make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    bench = ("bench", str(make_bundle()), "--repeats", "1", "--json")
+    killed = hptool(*bench, cache=tmp_path, where="deploy.pipeline.euler_step", call=6)
+    assert (killed.returncode, killed.stdout) == (-signal.SIGKILL, ""), killed.stderr
+    again = hptool(*bench, cache=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["repeats"] == 1

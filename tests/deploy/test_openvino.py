@@ -61,7 +61,7 @@ def test_it_computes_what_onnxruntime_does(graph: Path, batch: int, tokens: int)
     (expected,) = Session(graph).run(drawn(batch, tokens)).values()
     (found,) = session.run(drawn(batch, tokens)).values()
     assert found.shape == (batch, tokens, OUTPUTS)
-    # It rounds a linear's inputs to 8 bits.
+    # It rounds a linear's inputs to 8 bits, or computes in bfloat16.
     assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
 
 

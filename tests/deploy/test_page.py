@@ -1,4 +1,4 @@
-"""The web page, in a browser. Needs `pip install playwright` and a Chromium on the path, or in $CHROMIUM."""
+"""The web page, in a browser: a Chromium on the path, or in $CHROMIUM."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from playwright import sync_api as playwright
 
 from deploy.images_api import Limits
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
-playwright = pytest.importorskip("playwright.sync_api", reason="the page is driven with playwright")
 if CHROMIUM is None:
     pytest.skip("there is no Chromium on the path, nor in $CHROMIUM", allow_module_level=True)
 
@@ -79,7 +79,6 @@ def test_progress_is_shown_and_a_picture_can_be_cancelled(page: Any, make_server
     assert page.get_by_role("progressbar").evaluate("bar => bar.value") == 0.5
     page.get_by_role("button", name="Cancel").click()
     playwright.expect(page.get_by_role("progressbar")).to_be_hidden()
-    server.allow(100)
     server.wait_for_outcome("disconnected")
     assert page.locator("figure").count() == 0
     assert page.get_by_role("alert").is_hidden()

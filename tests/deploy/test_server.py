@@ -258,6 +258,14 @@ def test_full_queue_is_429_and_says_when_to_come_again(make_server: MakeServer) 
     assert server.outcomes() == {"queue_full": 1, "ok": 1}
 
 
+def test_full_queue_refuses_what_it_has_not_read(make_server: MakeServer) -> None:
+    server = make_server(held=True, limits=Limits(queue=0))
+    with server.painting():
+        answer = httpx.post(server.address + GENERATIONS, content=b"no JSON")
+    assert answer.status_code == 429
+    assert server.outcomes() == {"queue_full": 1}
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_request_that_takes_too_long_is_504_and_cancelled(make_server: MakeServer, stream: bool) -> None:
     server = make_server(held=True, limits=Limits(timeout_seconds=1))
@@ -499,6 +507,16 @@ def test_stopping_gives_up_what_is_not_done_in_time(make_server: MakeServer) -> 
 
 
 # The process
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no priority of its own")
+def test_what_paints_yields_to_what_answers(make_bundle: MakeBundle) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    with hptool_serve(make_bundle()) as (process, _):
+        threads = {int(path.name) for path in Path(f"/proc/{process.pid}/task").iterdir()}
+        found = {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads - {process.pid}}
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == own
+    assert own + 5 in found
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import pytest
 from deploy import transfer
 from deploy.bundle import MANIFEST, SIGNATURE, BundleError, open_bundle
 from deploy.errors import DeployError
-from deploy.transfer import pull_bundle, push_bundle
+from deploy.transfer import pull_bundle, push_bundle, push_files
 from toolchain import cli
 
 MakeBundle = Callable[..., Path]
@@ -323,6 +323,19 @@ def test_a_directory_that_holds_something_is_left_alone(tmp_path: Path) -> None:
 def test_an_address_of_another_form_is_refused(address: str, tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="is no place for bundles"):
         pull_bundle(address, tmp_path / "pulled")
+
+
+@pytest.mark.parametrize("place", ["hf"], indirect=True)
+def test_files_go_up_in_one_commit(place: Served, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"on disk")
+    push_files({"dir/a": tmp_path / "a", "b": b"in memory"}, place[0], message="two files")
+    assert place[1] == {"dir/a": b"on disk", "b": b"in memory"}
+    assert len([line for line in place[2] if "/commit/" in line]) == 1
+
+
+def test_a_registry_takes_bundles_alone(tmp_path: Path) -> None:
+    with pytest.raises(DeployError, match="is a registry, which takes bundles alone"):
+        push_files({"a": b""}, "oci://localhost:5000/name:tag", message="none")
 
 
 @pytest.mark.parametrize("place", ["oci"], indirect=True)

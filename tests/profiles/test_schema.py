@@ -12,9 +12,9 @@ from profiles.schema import (
     Profile,
     ProfileError,
     available_profiles,
-    field_docs,
     load_profile,
 )
+from profiles.typed import field_docs
 
 OWN = """
 name = "own"
@@ -251,6 +251,6 @@ def test_a_longer_circle_is_refused_too(tmp_path: Path) -> None:
 
 
 def test_every_field_has_its_text() -> None:
-    docs = field_docs()
+    docs = field_docs(Profile)
     assert list(docs) == [field.name for field in dataclasses.fields(Profile)]
     assert all(re.fullmatch(r"[A-Z].*\.", doc) for doc in docs.values())

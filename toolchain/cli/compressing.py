@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.filesize import decimal
@@ -71,7 +71,39 @@ ProtectFirst = Annotated[
     int | None, typer.Option(help="Blocks at the start of which nothing goes; default: the rule's own.")
 ]
 ProtectLast = Annotated[int | None, typer.Option(help="The same at the end.")]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        help="A LoRA adapter to bake in first, FILE.safetensors or a hub id, with :SCALE behind; may repeat.",
+    ),
+]
 OfGrain = Annotated[Grain, typer.Option(help="What the rule hpp-iterative removes.")]
+
+
+def _follow(context: typer.Context, recipe: str | None) -> str | None:
+    """Have a recipe speak for every option that is not given by hand."""
+    if recipe is not None:
+        from recipes.schema import load_recipe
+
+        context.default_map = load_recipe(recipe).options
+    return recipe
+
+
+def _given_by_hand(context: typer.Context) -> set[str]:
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+OfRecipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="One of `hptool recipes`, or a .toml file: it says what is not given by hand.",
+        is_eager=True,
+        callback=_follow,
+    ),
+]
 
 
 @app.command()
@@ -86,6 +118,7 @@ def analyze(
     semantics: Removal = "zero",
     components: Annotated[bool, typer.Option(help="Also the components of the blocks.")] = True,
     pairs: Annotated[bool, typer.Option(help="Also pairs of neighbours.")] = False,
+    lora: Lora = None,
     precision: WeightsIn = "float32",
     device: Device = None,
     seed: Seed = 0,
@@ -99,7 +132,6 @@ def analyze(
     from toolchain.analysis import num_units
     from toolchain.artifacts import write_json
     from toolchain.compress import analysis_prompts
-    from toolchain.families import open_model
     from toolchain.metrics import open_metric
     from toolchain.plan import to_json
     from toolchain.plots import draw_sensitivity
@@ -107,7 +139,7 @@ def analyze(
     if device is not None:
         use_device(device)
     judge = open_metric(metric)
-    opened = open_model(model, precision=precision)
+    opened = _open(model, precision, lora)
     texts = analysis_prompts(opened, prompts, num_prompts, seed=seed)
     seeds = range(seed, seed + num_seeds)
     directory = output or Path(f"{name_of(model)}-analysis")
@@ -150,6 +182,7 @@ def plan(
     analysis: Analysis = None,
     prompts: Prompts = None,
     num_prompts: NumPrompts = 16,
+    lora: Lora = None,
     precision: WeightsIn = "float32",
     device: Device = None,
     seed: Seed = 0,
@@ -167,11 +200,10 @@ def plan(
         made = plan_from_json(read_json(Path(model)))
     else:
         from toolchain.compress import analysis_prompts, decide
-        from toolchain.families import open_model
 
         if device is not None:
             use_device(device)
-        opened = open_model(model, precision=precision)
+        opened = _open(model, precision, lora)
         decision = _decision(
             opened,
             Options(
@@ -202,7 +234,9 @@ def plan(
 
 @app.command()
 def compress(
+    context: typer.Context,
     model: Source = "shapes",
+    recipe: OfRecipe = None,
     ratio: Ratio = None,
     max_bytes: MaxBytes = None,
     bits: Bits = 16,
@@ -266,6 +300,7 @@ def compress(
         list[str] | None,
         typer.Option(help="Where numbers and pictures go besides: tensorboard, wandb, ... Repeatable."),
     ] = None,
+    lora: Lora = None,
     precision: WeightsIn = "float32",
     device: Device = None,
     seed: Seed = 0,
@@ -296,18 +331,20 @@ def compress(
         return
 
     from toolchain.compress import Recipe, compress_model
-    from toolchain.families import open_model
     from toolchain.gate import parse_gate
     from toolchain.losses import LossWeights
     from toolchain.plan import plan_from_json
 
     if device is not None:
         use_device(device)
+    if by_hand := _given_by_hand(context) & {"ratio", "max_bytes", "max_flops", "remove", "target", "plan"}:
+        # One of them says what goes: given by hand, it takes the place of another one in a recipe.
+        ratio, remove = ratio if "ratio" in by_hand else None, remove if "remove" in by_hand else None
     if target is not None:
         if any(item is not None for item in (ratio, max_bytes, max_flops, remove, plan)):
             raise ToolchainError("--target chooses the ratio, so it takes no other limit and no plan")
         ratio = _ratio_for(model, target)
-    opened = open_model(model, precision=precision)
+    opened = _open(model, precision, lora)
     decision = _decision(
         opened,
         Options(
@@ -320,7 +357,7 @@ def compress(
         (ratio, max_bytes, bits, max_flops),
         (rule, remove, strengths, semantics, num_prompts, seed),
     )
-    recipe = Recipe(
+    work = Recipe(
         decision=decision,
         steps=steps,
         learning_rate=learning_rate,
@@ -341,7 +378,7 @@ def compress(
     with bars() as bar:
         outcome = compress_model(
             opened,
-            recipe,
+            work,
             student,
             prompts=prompts,
             analysis=analysis,
@@ -391,6 +428,17 @@ def evaluate(
         advance = bar("ShapesEval", num_batches(per_task))
         score = evaluate_shapes(painter, num_per_task=per_task, seed=seed, on_batch=advance)
     emit(asdict(score), as_json, lambda: _show_score(model, score))
+
+
+def _open(model: str, precision: Literal["float32", "stored"], adapters: list[str] | None) -> Model:
+    from toolchain.families import open_model
+
+    opened = open_model(model, precision=precision)
+    if adapters:
+        from toolchain.lora import Adapter, bake_
+
+        opened = bake_(opened, map(Adapter.parse, adapters))
+    return opened
 
 
 def _decision(

@@ -211,20 +211,32 @@ def sign(
 
 @app.command()
 def push(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="DIRECTORY", help="Of a bundle, or of a student that `compress` wrote.")
+    ],
     destination: Address,
     private: Annotated[
         bool, typer.Option("--private", help="Make a new repository on the hub that only you see.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Publish a bundle on the Hugging Face hub or in a registry of containers."""
-    from deploy.transfer import push_bundle
+    """Publish a bundle on the Hugging Face hub or in a registry of containers, or a student on the hub."""
+    from deploy.bundle import MANIFEST
+    from deploy.transfer import push_bundle, push_files
 
+    place = destination.removeprefix("hf://").partition("@")[0]
+    if (source / "model_index.json").exists() and not (source / MANIFEST).exists():
+        from toolchain.publish import student_files
+
+        files = student_files(source, place)
+        push_files(files, destination, message=f"hptool push {source.resolve().name}", private=private)
+        facts = {"student": str(source), "destination": destination, "files": sorted(files)}
+        emit(facts, as_json, lambda: print_(f"Use it:  hptool export {place}"))
+        return
     with bars() as bar:
-        push_bundle(bundle, destination, private=private, bar=bar)
-    facts = {"bundle": str(bundle), "destination": destination}
-    emit(facts, as_json, lambda: print_(f"Fetch it:  hptool pull {destination} {bundle.resolve().name}"))
+        push_bundle(source, destination, private=private, bar=bar)
+    facts = {"bundle": str(source), "destination": destination}
+    emit(facts, as_json, lambda: print_(f"Fetch it:  hptool pull {destination} {source.resolve().name}"))
 
 
 @app.command()

@@ -13,7 +13,8 @@ from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
-from profiles.schema import Profile, available_profiles, field_docs, load_profile
+from profiles.schema import Profile, available_profiles, load_profile
+from profiles.typed import field_docs
 from toolchain.cli.shell import Json, Remove, WithoutT5, app, bars, emit, print_
 from toolchain.errors import ToolchainError
 from toolchain.rules import parse_units
@@ -218,7 +219,7 @@ def _show_targets(profiles: list[Profile]) -> None:
 def _show_target(profile: Profile) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
-    for field, doc in field_docs().items():
+    for field, doc in field_docs(Profile).items():
         if field == "sources":
             continue
         value = getattr(profile, field)

@@ -50,9 +50,10 @@ what other programs mean by it as well: give the same command again."""
 # What a missing import means to a user: the extra that brings it.
 _EXTRA_OF = {
     **dict.fromkeys(
-        ("torch", "diffusers", "transformers", "accelerate", "safetensors", "scipy", "matplotlib"), "compress"
+        ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "scipy", "matplotlib"),
+        "compress",
     ),
-    **dict.fromkeys(("onnx", "onnxscript", "onnx_ir", "nncf", "numba", "polygraphy"), "export"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnx_ir", "nncf", "numba", "polygraphy", "jinja2"), "export"),
     **dict.fromkeys(("onnxruntime", "tokenizers", "PIL", "numpy"), "edge"),
     **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
     "tensorrt_rtx": "rtx",

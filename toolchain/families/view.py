@@ -33,6 +33,12 @@ DEFAULTS_FILE = "generation_defaults.json"
 _PUBLISHED = Path(__file__).parent / "published"
 """Configurations of published models, by their hub ids: what `config` opens without a network."""
 
+FILES = (
+    *("*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"),
+    *("README.md", "LICENSE*", "NOTICE*"),  # on what terms it may be used
+)
+"""What is fetched of a repository on the hub: never pickled weights or single-file copies."""
+
 _SCHEMA_VERSION = 1
 # By the class of the pipeline. A new family is a module with a subclass of MMDiT, and a line here.
 _FAMILIES = {
@@ -89,6 +95,8 @@ class Model:
     """The built-in world whose captions and detector fit this model; None for all others."""
     config_only: bool = False
     """Whether it was opened without weights, which then are zeros."""
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters that were baked into its weights, each with its scale."""
 
     @property
     def revision(self) -> str | None:
@@ -317,11 +325,7 @@ def _resolve(source: str, *, config_only: bool) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        # Pickled weights and single-file copies are never fetched.
-        patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
-        patterns += ["README.md", "LICENSE*", "NOTICE*"]  # on what terms it may be used
-        if not config_only:
-            patterns.append("*/*.safetensors")
+        patterns = [name for name in FILES if not (config_only and name.endswith(".safetensors"))]
         return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns="*.fp16.*"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]

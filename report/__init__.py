@@ -1,0 +1,1 @@
+"""The report: what every stage left behind, on one page for people."""
