@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,8 @@ from toolchain.metrics import PictureMetric, StateMetric
 from toolchain.metrics.velocity import Velocity
 from toolchain.pieces import Pieces
 from toolchain.plan import Harm, Sensitivity
+from toolchain.prefix import lent
+from toolchain.processes import processes
 from toolchain.trajectories import States, sample_states
 
 Removal = tuple[Unit, ...]
@@ -186,12 +189,15 @@ def fingerprint(magnitude: Iterable[float]) -> list[str]:
 @torch.no_grad()
 def velocity_errors(view: MMDiT, states: States, *, batch_size: int = BATCH_SIZE) -> torch.Tensor:
     """|v - v_teacher|² / |v_teacher|² of every state, v being what the sampler follows."""
-    errors = []
-    for rows in states.batches(batch_size):
-        latents, timesteps, text, said = states.batch(rows)
+    here = processes()
+
+    def errors(rows: slice) -> torch.Tensor:
+        latents, timesteps, text, said = states.batch(rows, device=here.device)
         found = states.followed(view.velocity(latents, timesteps, text))
-        errors.append(Velocity().errors(found, states.followed(said)))
-    return torch.cat(errors)
+        return Velocity().errors(found, states.followed(said)).cpu()
+
+    with lent(view.transformer):
+        return torch.cat(list(here.each(list(states.batches(batch_size)), errors)))
 
 
 class Rescorer:
@@ -213,19 +219,33 @@ class Rescorer:
     @torch.no_grad()
     def __call__(self, removed: Removal, units: Sequence[Unit]) -> Mapping[Unit, float]:
         """The mean error without `removed` and one of `units`, less the one without `removed` alone."""
-        thinned = _Thinned(self._view, self._geometry, self._semantics, removed)
         totals = dict.fromkeys(units, 0.0)
-        whole = 0.0
-        for rows in self._states.batches(self._batch_size):
-            latents, timesteps, text, said = self._states.batch(rows)
-            error = partial(self._error, said)
-            streams = self._view.begin(latents, timesteps, text)
-            for index in range(len(self._geometry.blocks)):
-                for unit in units:
-                    if unit.block == index:
-                        totals[unit] += error(thinned.finish(streams, index, (unit,)))
-                streams = thinned.apply(index, streams)
-            whole += error(self._view.end(streams))
+        whole, last = 0.0, len(self._geometry.blocks)
+        walk: _Walk | None = None
+
+        def errors(piece: tuple[slice, int]) -> dict[Unit | None, float]:
+            nonlocal walk
+            rows, index = piece
+            if walk is None or walk.rows != rows:
+                walk = _Walk(thinned, self._states, rows)
+            streams, error = walk.to(index), partial(self._error, walk.said)
+            if index == last:
+                return {None: error(self._view.end(streams))}
+            here = [unit for unit in units if unit.block == index]
+            return {unit: error(thinned.finish(streams, index, (unit,))) for unit in here}
+
+        pieces = [
+            (rows, index) for rows in self._states.batches(self._batch_size) for index in range(last + 1)
+        ]
+        with lent(self._view.transformer):
+            # Only now, for what it cuts out of weights is where they are.
+            thinned = _Thinned(self._view, self._geometry, self._semantics, removed)
+            for found in processes().each(pieces, errors):
+                for unit, error in found.items():
+                    if unit is None:
+                        whole += error
+                    else:
+                        totals[unit] += error
         count = len(self._states) // self._states.copies
         return {unit: (total - whole) / count for unit, total in totals.items()}
 
@@ -240,7 +260,7 @@ class _Thinned:
     def __init__(
         self, view: MMDiT, geometry: Geometry, semantics: Semantics, removed: Iterable[Unit] = ()
     ) -> None:
-        self._view, self._geometry, self._semantics = view, geometry, semantics
+        self.view, self._geometry, self._semantics = view, geometry, semantics
         self._removed = tuple(removed)
         self._blocks: list[nn.Module | None] = list(view.blocks)
         for index, names in geometry.components_removed(self._removed).items():
@@ -249,7 +269,7 @@ class _Thinned:
     def apply(self, index: int, streams: Streams) -> Streams:
         """What leaves a block, or what is left of it."""
         block = self._blocks[index]
-        return streams if block is None else self._view.apply(block, streams)
+        return streams if block is None else self.view.apply(block, streams)
 
     def finish(self, streams: Streams, index: int, also: Removal) -> torch.Tensor:
         """The velocity from what enters block `index`, without units of it or of later blocks."""
@@ -259,13 +279,29 @@ class _Thinned:
             blocks[unit.block] = self._block(unit.block, gone[unit.block])
         for block in blocks[index:]:
             if block is not None:
-                streams = self._view.apply(block, streams)
-        return self._view.end(streams)
+                streams = self.view.apply(block, streams)
+        return self.view.end(streams)
 
     def _block(self, index: int, names: Collection[str]) -> nn.Module | None:
         if set(names) == set(self._geometry.blocks[index].components):
             return None
-        return self._view.sparse_block(index, names, self._semantics)
+        return self.view.sparse_block(index, names, self._semantics)
+
+
+class _Walk:
+    """What enters the blocks of a model, one after the other, for some states."""
+
+    def __init__(self, thinned: _Thinned, states: States, rows: slice) -> None:
+        latents, timesteps, text, self.said = states.batch(rows, device=processes().device)
+        self.rows, self._thinned, self._index = rows, thinned, 0
+        self._streams = thinned.view.begin(latents, timesteps, text)
+
+    def to(self, index: int) -> Streams:
+        """What enters a block, none before those asked for already; behind the last one, what leaves it."""
+        while self._index < index:
+            self._streams = self._thinned.apply(self._index, self._streams)
+            self._index += 1
+        return self._streams
 
 
 class _Subject:
@@ -318,31 +354,35 @@ class _Subject:
         self, metric: PictureMetric, seeds: Sequence[int], wanted: Sequence[Removal]
     ) -> dict[Removal, _Samples]:
         """Of every picture by removal, `()` among them, in the same order."""
-        found = {}
         shape = (len(self._prompts), *self._model.latent_shape)
         size = _num_pictures(self._batch_size)
         starts = range(0, len(self._prompts), size)
-        for removal in ((), *wanted):
-            name = f"scores-{_text(removal) or 'whole'}"
-            if name in self._finished:
+        names = {removal: f"scores-{_text(removal) or 'whole'}" for removal in ((), *wanted)}
+
+        def judge(removal: Removal) -> list[float]:
+            painter = self._without(removal)
+            scores: list[float] = []
+            for seed in seeds:
+                noise = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+                for start in starts:
+                    batch = self._prompts[start : start + size]
+                    pictures = painter.paint(batch, noise[start : start + size])
+                    scores += metric.scores(batch, pictures).tolist()
+                    self._on_step()
+            if not np.isfinite(scores).all():
+                raise ToolchainError(
+                    f"the metric {metric.name!r} gives scores that are not finite {_said(removal)}"
+                )
+            return scores
+
+        todo = [removal for removal, name in names.items() if name not in self._finished]
+        self._skip((len(names) - len(todo)) * len(seeds) * len(starts))
+        here = processes()
+        for turn, (removal, scores) in enumerate(zip(todo, here.each(todo, judge), strict=True)):
+            self._finished[names[removal]] = {"scores": scores}
+            if not here.owns(turn):
                 self._skip(len(seeds) * len(starts))
-            else:
-                painter = self._without(removal)
-                scores: list[float] = []
-                for seed in seeds:
-                    noise = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-                    for start in starts:
-                        batch = self._prompts[start : start + size]
-                        pictures = painter.paint(batch, noise[start : start + size])
-                        scores += metric.scores(batch, pictures).tolist()
-                        self._on_step()
-                if not np.isfinite(scores).all():
-                    raise ToolchainError(
-                        f"the metric {metric.name!r} gives scores that are not finite {_said(removal)}"
-                    )
-                self._finished[name] = {"scores": scores}
-            found[removal] = np.array(self._finished[name]["scores"])
-        return found
+        return {removal: np.array(self._finished[name]["scores"]) for removal, name in names.items()}
 
     def _sample(self, seed: int) -> States:
         return sample_states(
@@ -362,12 +402,13 @@ class _Subject:
         wanted: Sequence[Removal],
         names: Sequence[str],
     ) -> None:
-        latents, timesteps, text, said = states.batch(rows)
-        view = self._model.mmdit
-        streams = view.begin(latents, timesteps, text)
+        here = [
+            [removal for removal in wanted if removal[0].block == index] for index in range(len(names) - 1)
+        ]
+        here.append([()])
 
         def errors(removal: Removal, velocity: torch.Tensor) -> list[float]:
-            found = metric.errors(states.followed(velocity), states.followed(said))
+            found = metric.errors(states.followed(velocity), states.followed(walk.said))
             if not torch.isfinite(found).all():
                 raise ToolchainError(
                     f"{self._model.source} gives velocities that are not finite {_said(removal)}"
@@ -375,27 +416,32 @@ class _Subject:
             self._on_step()
             return [float(value) for value in found]
 
-        for index, name in enumerate(names[:-1]):
-            here = [removal for removal in wanted if removal[0].block == index]
-            entering = streams
-            streams = self._whole.apply(index, entering)
-            if name in self._finished:
-                self._skip(len(here))
-                continue
-            # One cosine for every image token, their mean for every state.
-            cosine = F.cosine_similarity(entering.image_BND.float(), streams.image_BND.float(), dim=-1)
-            self._finished[name] = {
-                "errors": {
-                    _text(removal): errors(removal, self._whole.finish(entering, index, removal))
-                    for removal in here
-                },
-                "similarity": [float(value) for value in cosine.mean(1)],
+        def measure(index: int) -> dict[str, Any]:
+            entering = walk.to(index)
+            if index == len(names) - 1:
+                return {
+                    "errors": {_text(()): errors((), self._model.mmdit.end(entering))},
+                    # The second row of a guided state is the one with its own prompt.
+                    "trajectory": states.prompt_index[rows][states.copies - 1 :: states.copies].tolist(),
+                }
+            found = {
+                _text(removal): errors(removal, self._whole.finish(entering, index, removal))
+                for removal in here[index]
             }
-        self._finished[names[-1]] = {
-            "errors": {_text(()): errors((), view.end(streams))},
-            # The second row of a guided state is the one with its own prompt.
-            "trajectory": states.prompt_index[rows][states.copies - 1 :: states.copies].tolist(),
-        }
+            # One cosine for every image token, their mean for every state.
+            leaving = walk.to(index + 1)
+            cosine = F.cosine_similarity(entering.image_BND.float(), leaving.image_BND.float(), dim=-1)
+            return {"errors": found, "similarity": [float(value) for value in cosine.mean(1)]}
+
+        todo = [index for index, name in enumerate(names) if name not in self._finished]
+        self._skip(sum(len(items) for index, items in enumerate(here) if index not in todo))
+        shared = processes()
+        with lent(self._model.mmdit.transformer):
+            walk = _Walk(self._whole, states, rows)
+            for turn, (index, piece) in enumerate(zip(todo, shared.each(todo, measure), strict=True)):
+                self._finished[names[index]] = piece
+                if not shared.owns(turn):
+                    self._skip(len(here[index]))
 
     def _without(self, removal: Removal) -> Model:
         if not removal:

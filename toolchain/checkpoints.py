@@ -107,7 +107,7 @@ class Checkpoints:
             "run": json.dumps(run),
             "harm": json.dumps(harm),
         }
-        ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+        ordered = in_file_order(tensors)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             for leftover in self.directory.glob("step-*.part"):
@@ -132,6 +132,11 @@ class Checkpoints:
         for old in self.paths()[: -self.keep]:
             if best is None or old != best[1]:
                 old.unlink()
+
+
+def in_file_order(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """Named tensors as they follow each other in a file."""
+    return sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
 
 
 @contextmanager

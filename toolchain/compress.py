@@ -43,6 +43,7 @@ from toolchain.plan import (
     to_json,
     unmeasured,
 )
+from toolchain.processes import processes
 from toolchain.progress import Bar
 from toolchain.prune import check_plan, prune
 from toolchain.rules import Budget, Options, build_plan, check_budget, format_units
@@ -101,7 +102,8 @@ class Recipe:
     """How often each state of the teacher's sampling is trained on."""
     losses: LossWeights = LossWeights(features=0.0)
     checkpointing: bool = False
-    """As `DistillRecipe` takes it."""
+    """As `DistillRecipe` takes it, and `accumulate`."""
+    accumulate: int = 1
     cache_prefix: bool = False
     """Compute the frozen beginning once for every state and read it from disk from then on."""
     turn: int | None = None
@@ -258,7 +260,8 @@ def compress_model(
     Raises:
         ToolchainError: Something asked for cannot be had; nothing has been written then.
     """
-    check_new_directory(output)
+    here = processes()
+    here.first(lambda: check_new_directory(output))
     work = output.with_name(f"{output.name}.work")
     sets = prompt_sets(teacher, recipe, prompts, data)
     taught: Feed | None = None
@@ -286,7 +289,8 @@ def compress_model(
 
     def listening() -> list[Tracker]:
         run = "-".join((output.name, *(f"try-{len(tries.made) + 1}" for _ in tries.made[:1])))
-        return [Tracker(name, run, output.with_name(f"{output.name}.logs")) for name in trackers]
+        logs = output.with_name(f"{output.name}.logs")
+        return [Tracker(name, run, logs) for name in trackers] if here.is_first else []
 
     listening()  # before any work, for what it may refuse
     sensitivity, chosen = planned()
@@ -339,7 +343,13 @@ def compress_model(
         gate=None if recipe.gate is None else str(recipe.gate),
         tries=tuple(tries.made),
     )
-    with new_directory(output) as directory:
+
+    def write() -> None:
+        with new_directory(output) as directory:
+            fill(directory)
+        shutil.rmtree(work, ignore_errors=True)
+
+    def fill(directory: Path) -> None:
         save_model(student, directory)
         write_student_card(teacher, directory)
         write_json(directory / PLAN_FILE, to_json(chosen))
@@ -351,7 +361,8 @@ def compress_model(
             shutil.copytree(pictures, directory / PICTURES)
         facts = asdict(replace(recipe, decision=replace(recipe.decision, options=Options())))
         write_json(directory / REPORT_FILE, {"schema_version": 3, "recipe": facts, **asdict(outcome)})
-    shutil.rmtree(work, ignore_errors=True)
+
+    here.first(write)
     return outcome
 
 
@@ -366,7 +377,7 @@ def _distil(
     place: Path,
     trackers: list[Tracker],
     bar: Bar,
-) -> tuple[int, History, Stage]:
+) -> tuple[int, History | None, Stage]:
     """Distil a student, and have it be the best that it was."""
     schedule = Schedule(
         steps=recipe.steps,
@@ -377,6 +388,8 @@ def _distil(
         checkpoint_every=recipe.checkpoint_every,
     )
     checkpoints = Checkpoints(directory=place / "checkpoints", keep=recipe.keep)
+    here = processes()
+    log = HistoryLog(place / "history.jsonl") if here.is_first else None
     watch = Watch(
         student=student,
         judge=judge,
@@ -384,13 +397,15 @@ def _distil(
         schedule=schedule,
         batch_size=recipe.batch_size,
         num_pictures=recipe.pictures,
-        log=HistoryLog(place / "history.jsonl"),
+        log=log,
         pictures=place / PICTURES,
         trackers=trackers,
         advance=bar("distilling", recipe.steps, unit="states", each=recipe.batch_size),
     )
     if recipe.check_every and recipe.pictures:
-        write_grid(place / PICTURES / "original.png", judge.paint(teacher, recipe.pictures))
+        painted = judge.paint(teacher, recipe.pictures)
+        if here.is_first:
+            write_grid(place / PICTURES / "original.png", painted)
     with closing(watch):
         steps = distill_(
             teacher,
@@ -403,6 +418,7 @@ def _distil(
                 seed=recipe.seed,
                 losses=recipe.losses,
                 checkpointing=recipe.checkpointing,
+                accumulate=recipe.accumulate,
             ),
             cache_prefix=place / "prefix.safetensors" if recipe.cache_prefix else None,
             in_turn=None if recipe.turn is None else InTurn(steps=recipe.turn, directory=place),
@@ -412,8 +428,9 @@ def _distil(
         )
     # What was trained is float32; the rest, and with it the student as a whole, is what the teacher is.
     student.pipeline.transformer.to(teacher.pipeline.transformer.dtype).eval()
-    stage, history = judge("distilled", student, bar), watch.log.read(steps)
-    best = checkpoints.best()
+    stage = judge("distilled", student, bar)
+    history = here.first(lambda: None if log is None else log.read(steps))
+    best = here.first(checkpoints.best)
     if best is not None and best[0] < watch.harm(stage):
         steps = take_(student.pipeline.transformer, best[1])
         stage = judge("distilled", student, bar)

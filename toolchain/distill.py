@@ -7,9 +7,10 @@ are asked for, and the rest of the student go on from there, each for itself.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,11 +29,15 @@ from toolchain.plan import EMBEDDERS, HEAD, CompressionPlan
 from toolchain.prefix import (
     Resting,
     digest,
+    lent,
     moved,
     read_stream_cache,
     storage_key,
+    tensors_of,
     write_stream_cache,
 )
+from toolchain.processes import processes
+from toolchain.together import gradients_held, trained_together, whole
 
 Feature = tuple[torch.Tensor, torch.Tensor | None]
 """Image and text behind a block; no text behind one that ends it."""
@@ -51,10 +56,14 @@ class DistillRecipe:
     checkpointing: bool = False
     """Keep the inputs of blocks only, and compute the rest again for the gradient: a third more time for the
     student's part, and the memory of one block instead of all. What is learned stays the same."""
+    accumulate: int = 1
+    """Parts in which a process takes its share of a batch, one after the other: the memory of one part. What
+    is learned stays the same."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ToolchainError(f"the batch size is {self.batch_size}; it is at least 1")
+        for name, value in (("batch size", self.batch_size), ("number of parts of a batch", self.accumulate)):
+            if value < 1:
+                raise ToolchainError(f"the {name} is {value}; it is at least 1")
         if self.precision not in ("bfloat16", "float32"):
             raise ToolchainError(f"unknown precision {self.precision!r}; there are bfloat16 and float32")
 
@@ -98,8 +107,8 @@ def distill_(
 ) -> int:
     """Train a student's weights in place, each as strongly as the plan says.
 
-    Everything runs on the device of the weights that learn. Weights that rest (`cache_prefix`, `in_turn`) may
-    be anywhere at the start, and are there again at the end.
+    Everything runs where this process computes; weights may be anywhere at the start, and are there again at
+    the end. Several processes teach one student, each in its share of every batch.
 
     Args:
         teacher: Left as it is. It may be held in 16 bits, and its student's prefix with it.
@@ -128,32 +137,65 @@ def distill_(
         )
     if in_turn is not None and in_turn.steps < 1:
         raise ToolchainError(f"a turn is {in_turn.steps} steps long; it is at least 1")
-    lesson = Lesson(teacher.mmdit, student.mmdit, plan, recipe)
-    answer: Callable[[int, Batch], Answer]
+    _check_shares(recipe, len(states.rows(recipe.seed, 0, recipe.batch_size)))
+    whole_lesson = lesson = Lesson(teacher.mmdit, student.mmdit, plan, recipe)
+    resting: list[torch.Tensor] = []
+    if cache_prefix is not None or in_turn is not None:
+        if processes().sharded:
+            raise ToolchainError(
+                "weights that are sharded (FSDP) do not rest: leave cache_prefix and in_turn out"
+            )
+        resting = lesson.teachers_own(prefix_only=cache_prefix is not None and recipe.losses.features > 0)
+    answer: Callable[[int, Batch], Answer] | None = None
+
+    @torch.no_grad()
+    def bring_home() -> None:
+        pairs = (view.transformer.parameters() for view in (whole_lesson.student, lesson.student))
+        for item, learned in zip(*pairs, strict=True):
+            if learned is not item and learned.requires_grad:
+                item.copy_(whole(learned))
+
+    def harm(step: int) -> float:
+        assert checks is not None
+        bring_home()
+        return checks.harm(step)
+
     with ExitStack() as stack:
-        if cache_prefix is not None:
-            answer = _from_cache(lesson, states, cache_prefix, cache_dtype, stack)
-        elif in_turn is not None:
-            answer = _in_turn(lesson, states, in_turn, stack)
+        if processes().sharded:
+            lesson = lesson.twin()
         else:
+            models = (teacher.pipeline.transformer, student.pipeline.transformer)
+            everything = {id(item): item for model in models for item in tensors_of(model)}
+            stack.enter_context(lent(*(everything[key] for key in everything.keys() - set(map(id, resting)))))
+        if cache_prefix is not None:
+            answer = _from_cache(lesson, states, cache_prefix, cache_dtype, resting, stack)
+        elif in_turn is not None:
+            answer = _in_turn(lesson, states, in_turn, resting, stack)
 
-            def answer(step: int, batch: Batch) -> Answer:
-                return lesson.ask([batch])[0]
+        def loss_of(batch: Batch, answer: Answer | None) -> torch.Tensor:
+            return lesson.loss(batch, answer or lesson.ask([batch])[0])
 
-        def loss_at(step: int) -> torch.Tensor:
-            batch = lesson.batch(states, lesson.rows(states, step), step)
-            return lesson.loss(batch, answer(step, batch))
+        unknown = recipe.losses.output > 0 and not states.fixed
+        loss = trained_together(loss_of, *lesson.used(velocities=unknown))
 
-        return optimize_(
+        def loss_at(part: int) -> torch.Tensor:
+            batch = lesson.batch(states, lesson.rows(states, part), part)
+            return loss(batch, answer and answer(part, batch))
+
+        steps = optimize_(
             lesson.student.transformer,
             loss_at,
             recipe.schedule,
+            parts=recipe.accumulate,
+            holding=lambda: gradients_held(loss),
             strength=lesson.strength,
             belongs_to=_belongs_to(plan, states, recipe) if checkpoints else None,
             checkpoints=checkpoints,
-            checks=checks,
+            checks=checks and replace(checks, harm=harm),
             on_step=on_step,
         )
+        bring_home()
+    return steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,21 +232,52 @@ class Lesson:
         """Blocks of the prefix, to which the embedders belong; 0 if there is no prefix."""
         self.strength = self._apply_strength_()
         self._check_shared()
-        self.device = next(item for item in student.transformer.parameters() if item.requires_grad).device
+        self.device = processes().device
 
-    def rows(self, states: Feed, step: int) -> torch.Tensor:
-        """The states of a step's batch, from its number and the seed alone."""
-        return states.rows(self.recipe.seed, step, self.recipe.batch_size)
+    def twin(self) -> Lesson:
+        """The same of other parameters in the same memory, which can be moved and cut without these."""
+        twin = copy.copy(self)
+        twin.teacher, twin.student = _with_own_parameters(self.teacher), _with_own_parameters(self.student)
+        return twin
 
-    def batch(self, states: Feed, rows: torch.Tensor, step: int = 0) -> Batch:
-        """Some states, on the student's device; where they are drawn anew each time, those of a step."""
-        latents, timesteps, text, velocities = states.batch(rows, (self.recipe.seed, step))
+    def used(self, *, velocities: bool = False) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Blocks that run for a batch, and what runs beside them.
+
+        Args:
+            velocities: Whether the teacher is asked for them.
+        """
+        last = self._last(features=self.recipe.losses.features > 0, velocities=velocities)
+        blocks = [*self.teacher.blocks[:last], *self.student.blocks[self.num_shared :]]
+        names = [(self.student, self.student.head)]
+        if last:
+            names.append((self.teacher, self.teacher.embedders))
+        if velocities:
+            names.append((self.teacher, self.teacher.head))
+        if not self.num_shared:
+            names.append((self.student, self.student.embedders))
+        return blocks, [getattr(view.transformer, name) for view, children in names for name in children]
+
+    def _last(self, *, features: bool, velocities: bool) -> int:
+        """Blocks of the teacher that are asked."""
+        if velocities:
+            return len(self.teacher.blocks)
+        return self.plan.kept_blocks[-1] + 1 if features else self.num_shared
+
+    def rows(self, states: Feed, part: int) -> torch.Tensor:
+        """The states of this process's share of a part of a step, from its number and the seed alone."""
+        step, within = divmod(part, self.recipe.accumulate)
+        rows = states.rows(self.recipe.seed, step, self.recipe.batch_size)
+        here = processes()
+        return rows[within * here.number + here.rank :: here.number * self.recipe.accumulate]
+
+    def batch(self, states: Feed, rows: torch.Tensor, part: int = 0) -> Batch:
+        """Some states, on the student's device; where they are drawn anew each time, those of the step."""
+        draw = (self.recipe.seed, part // self.recipe.accumulate)
+        latents, timesteps, text, velocities = states.batch(rows, draw)
         return Batch(
             latents=latents.to(self.device),
             timesteps=timesteps.to(self.device),
-            text=TextStates(
-                tokens_BTJ=text.tokens_BTJ.to(self.device), pooled_BP=text.pooled_BP.to(self.device)
-            ),
+            text=text.to(self.device),
             velocities=None if velocities is None else velocities.to(self.device),
         )
 
@@ -240,9 +313,7 @@ class Lesson:
         wanted = self.plan.kept_blocks[self.num_shared :] if features else ()
         found: list[list[Feature]] = [[] for _ in batches]
         unknown = self.recipe.losses.output > 0 and any(batch.velocities is None for batch in batches)
-        last = wanted[-1] + 1 if wanted else self.num_shared
-        if unknown:
-            last = len(self.teacher.blocks)
+        last = self._last(features=features, velocities=unknown)
         if last == 0:
             return [Answer(streams=None, features=[]) for _ in batches]
         if given is None:
@@ -257,7 +328,7 @@ class Lesson:
         shared = streams
         for index in range(0 if given is None else self.num_shared, last):
             block = self.teacher.blocks[index]
-            with awake(_tensors(block)), self._products():
+            with awake(tensors_of(block)), self._products():
                 streams = [moved(self.teacher.apply(block, moved(one, self.device)), hold) for one in streams]
             if index < self.num_shared:
                 shared = streams
@@ -352,7 +423,7 @@ class Lesson:
 
     def teachers_own(self, *, prefix_only: bool) -> list[torch.Tensor]:
         """Weights that only the teacher needs, or only the prefix, in both models where they are shared."""
-        theirs, ours = _tensors(self.teacher.transformer), _tensors(self.student.transformer)
+        theirs, ours = tensors_of(self.teacher.transformer), tensors_of(self.student.transformer)
         prefix = {storage_key(item) for item in self.prefix_tensors()}
         keys = set(map(storage_key, theirs)) - (set(map(storage_key, ours)) - prefix)
         if prefix_only:
@@ -369,8 +440,38 @@ class Lesson:
         return [EMBEDDERS, *map(str, range(self.num_shared))] if self.num_shared else []
 
 
+def _with_own_parameters(view: MMDiT) -> MMDiT:
+    own: dict[int, Any] = {
+        id(item): nn.Parameter(item.detach(), requires_grad=item.requires_grad)
+        for item in view.transformer.parameters()
+    }
+    own |= {id(item): item.detach() for item in view.transformer.buffers()}
+    transformer = copy.deepcopy(view.transformer, own)
+    return type(view)(transformer, guidance_scale=view.guidance_scale, vae_scale_factor=view.vae_scale_factor)
+
+
+def _check_shares(recipe: DistillRecipe, size: int) -> None:
+    here = processes()
+    shares = here.number * recipe.accumulate
+    if size % shares:
+        raise ToolchainError(
+            f"a batch of {size} states does not fall into {shares} equal shares ({here.number} processes, "
+            f"each in {recipe.accumulate} parts); choose a batch size that is a multiple of {shares}"
+        )
+    if shares > 1 and recipe.losses.features and recipe.losses.normalised:
+        raise ToolchainError(
+            "normalised features are divided by their size in the batch, which a share of it does not show; "
+            "leave normalised out, or train in one process and one part"
+        )
+
+
 def _from_cache(
-    lesson: Lesson, states: Feed, path: Path, dtype: torch.dtype | None, stack: ExitStack
+    lesson: Lesson,
+    states: Feed,
+    path: Path,
+    dtype: torch.dtype | None,
+    own: list[torch.Tensor],
+    stack: ExitStack,
 ) -> Callable[[int, Batch], Answer]:
     if not lesson.num_shared:
         raise ToolchainError(
@@ -388,13 +489,12 @@ def _from_cache(
         "states": states.digest(),
         "precision": lesson.recipe.precision,
     }
-    resting = Resting(
-        lesson.teachers_own(prefix_only=lesson.recipe.losses.features > 0),
-        path.absolute().parent,
-        lesson.device,
-    )
+    resting = Resting(own, path.absolute().parent, lesson.device)
     stack.callback(resting.go_home)
-    if not path.exists():
+
+    def make() -> None:
+        if path.exists():
+            return
         with resting.awake(lesson.prefix_tensors()):
             write_stream_cache(
                 path,
@@ -404,26 +504,31 @@ def _from_cache(
                 dtype=dtype or getattr(torch, lesson.recipe.precision),
                 made_from=made_from,
             )
+
+    processes().first(make)
     cache = read_stream_cache(path, made_from)
 
-    def answer(step: int, batch: Batch) -> Answer:
-        return lesson.ask([batch], [cache.streams(lesson.rows(states, step), lesson.device)])[0]
+    def answer(part: int, batch: Batch) -> Answer:
+        return lesson.ask([batch], [cache.streams(lesson.rows(states, part), lesson.device)])[0]
 
     return answer
 
 
-def _in_turn(lesson: Lesson, states: Feed, turn: InTurn, stack: ExitStack) -> Callable[[int, Batch], Answer]:
-    resting = Resting(lesson.teachers_own(prefix_only=False), turn.directory, lesson.device)
+def _in_turn(
+    lesson: Lesson, states: Feed, turn: InTurn, own: list[torch.Tensor], stack: ExitStack
+) -> Callable[[int, Batch], Answer]:
+    resting = Resting(own, turn.directory, lesson.device)
     stack.callback(resting.go_home)
     answers: dict[int, Answer] = {}
+    each, last = lesson.recipe.accumulate, lesson.recipe.accumulate * lesson.recipe.schedule.steps
 
-    def answer(step: int, batch: Batch) -> Answer:
-        if step not in answers:
-            steps = range(step, min(step + turn.steps, lesson.recipe.schedule.steps))
-            batches = [lesson.batch(states, lesson.rows(states, later), later) for later in steps]
+    def answer(part: int, batch: Batch) -> Answer:
+        if part not in answers:
+            parts = range(part, min(part + each * turn.steps, last))
+            batches = [lesson.batch(states, lesson.rows(states, later), later) for later in parts]
             asked = lesson.ask(batches, awake=resting.awake, hold_on=torch.device("cpu"))
-            answers.update(zip(steps, asked, strict=True))
-        return _moved(answers.pop(step), lesson.device)
+            answers.update(zip(parts, asked, strict=True))
+        return _moved(answers.pop(part), lesson.device)
 
     return answer
 
@@ -436,10 +541,6 @@ def _moved(answer: Answer, device: torch.device) -> Answer:
         ],
         velocities=None if answer.velocities is None else answer.velocities.to(device),
     )
-
-
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
 
 
 def _belongs_to(plan: CompressionPlan, states: Feed, recipe: DistillRecipe) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from toolchain.processes import processes
 from toolchain.shapes.detector import score
 from toolchain.shapes.world import TASKS, evaluation_captions
 
@@ -47,11 +48,16 @@ def evaluate_shapes(
     shape = (len(captions), *painter.latent_shape)
     noise = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
     right: dict[str, list[float]] = {task: [] for task in TASKS}
-    for start in range(0, len(captions), BATCH_SIZE):
+
+    def judge(start: int) -> list[float]:
         batch = captions[start : start + BATCH_SIZE]
         images = painter.paint([caption.text for caption in batch], noise[start : start + BATCH_SIZE])
-        for caption, image in zip(batch, images, strict=True):
-            right[caption.task].append(score(caption, image))
+        return [score(caption, image) for caption, image in zip(batch, images, strict=True)]
+
+    starts = range(0, len(captions), BATCH_SIZE)
+    for start, scores in zip(starts, processes().each(starts, judge), strict=True):
+        for caption, value in zip(captions[start:], scores, strict=False):
+            right[caption.task].append(value)
         if on_batch is not None:
             on_batch()
     tasks = {task: float(np.mean(values)) for task, values in right.items()}

@@ -19,6 +19,7 @@ from toolchain.evaluate import BATCH_SIZE, ShapesScore, evaluate_shapes, num_bat
 from toolchain.families.view import Model
 from toolchain.gate import Gate
 from toolchain.metrics import PictureMetric, open_metric
+from toolchain.processes import processes
 from toolchain.progress import Bar, silent
 from toolchain.trajectories import States
 
@@ -112,8 +113,8 @@ class Judge:
         starts = range(0, min(number, len(noise)), _PAINTED)
         batches = [slice(start, min(start + _PAINTED, number)) for start in starts]
         with _products(model):
-            parts = [model.paint(self._prompts[rows], noise[rows]) for rows in batches]
-        return np.concatenate(parts)
+            parts = processes().each(batches, lambda rows: model.paint(self._prompts[rows], noise[rows]))
+            return np.concatenate(list(parts))
 
     def _score(self, name: str, model: Model, bar: Bar) -> ShapesScore:
         advance = bar(f"ShapesEval, {name}", num_batches(self._captions), unit="pictures", each=BATCH_SIZE)
@@ -125,7 +126,7 @@ def _products(model: Model) -> AbstractContextManager[Any]:
     transformer = model.pipeline.transformer
     if {item.dtype for item in transformer.parameters()} == {model.pipeline.vae.dtype}:
         return nullcontext()
-    return torch.autocast(transformer.device.type, torch.bfloat16)
+    return torch.autocast(processes().device.type, torch.bfloat16)
 
 
 def write_grid(path: Path, pictures: npt.NDArray[np.uint8]) -> None:

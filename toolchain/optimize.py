@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import torch
 from torch import nn
 
 from toolchain import interrupts
-from toolchain.checkpoints import Checkpoint, Checkpoints, open_checkpoint
+from toolchain.checkpoints import Checkpoint, Checkpoints, in_file_order, open_checkpoint
 from toolchain.errors import ToolchainError
+from toolchain.processes import processes
+from toolchain.together import fill_, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +76,19 @@ def optimize_(
     checkpoints: Checkpoints | None = None,
     checks: Checks | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    parts: int = 1,
+    holding: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> int:
     """Train a model's unfrozen parameters in place with AdamW.
 
-    A signal to end is held back until the step is taken and, where there are checkpoints, saved.
+    A signal to end is held back until the step is taken and, where there are checkpoints, saved. Several
+    processes train together if the gradients they get are the same, or shares of the same ones.
 
     Args:
         model: Its parameters with `requires_grad` are trained and, with EMA, replaced by their average.
-        loss_at: The loss of a step. A run resumes exactly if this depends on the step alone, so it
-            should draw its batch from a generator seeded with the step's number.
+        loss_at: The loss of a step; of one in several parts that of a part, which are numbered on from step
+            to step. A run resumes exactly if this depends on the number alone, so it should draw its batch
+            from a generator seeded with that.
         schedule: How long and how fast.
         strength: By name of parameter, the share of the learning rate it is trained with; 1 for what is not
             named. The rate is scaled and not the gradient, for AdamW divides by the gradient's own size:
@@ -89,7 +96,9 @@ def optimize_(
         belongs_to: What else the run depends on, as JSON takes it; a checkpoint of another run is refused.
         checkpoints: Where the state lies between steps: the last one is continued from.
         checks: Looks at the model from time to time, and may find that it suffices.
-        on_step: Called with the step's number and its loss.
+        on_step: Called with the step's number and its loss, the mean over parts and processes.
+        parts: Of a step, whose gradients are averaged.
+        holding: Entered for each part of a step but the last.
 
     Returns:
         Steps the model has behind it: fewer than scheduled if it was found to suffice.
@@ -112,24 +121,26 @@ def optimize_(
     )
     average = [item.detach().clone() for item in values] if schedule.ema_decay else []
     run = json.loads(json.dumps({"schedule": asdict(schedule), **(belongs_to or {})}))
-    taken, done = 0, False
+    taken, done, stop = 0, False, False
     if checkpoints is not None:
-        with checkpoints.latest() as stored:
-            if stored is not None:
-                _check_run(stored, run, schedule)
-                _load_(stored, parameters, optimizer, average)
-                taken, done = stored.step, checks is not None and checks.met(stored.harm)
+        taken, harm = _resume_(checkpoints, run, schedule, parameters, optimizer, average)
+        done = checks is not None and checks.met(harm)
     with interrupts.held() as stopping:
         for step in range(taken, schedule.steps):
-            if done or stopping():
+            if done or stop:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate_at(step) * group["strength"]
-            loss = loss_at(step)
-            value = float(loss.detach())
+            value = 0.0
+            for part in range(parts):
+                with holding() if part < parts - 1 else nullcontext():
+                    loss = loss_at(parts * step + part) / parts
+                    value += float(loss.detach())
+                    loss.backward()  # type: ignore[no-untyped-call]
+            everyone = processes().gather((value, stopping()))
+            value, stop = sum(each for each, _ in everyone) / len(everyone), any(it for _, it in everyone)
             _check_finite("loss", value, step, checkpoints)
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = nn.utils.clip_grad_norm_(values, schedule.clip_norm)
+            norm = whole(nn.utils.clip_grad_norm_(values, schedule.clip_norm))
             # Checked before the step: a finite loss can have a gradient that would ruin the weights.
             _check_finite("norm of the gradient", float(norm), step, checkpoints)
             optimizer.step()
@@ -149,8 +160,10 @@ def optimize_(
                     harm = checks.harm(taken)
                 done = checks.met(harm)
             due = taken % schedule.checkpoint_every == 0 or taken == schedule.steps
-            if checkpoints is not None and (due or harm is not None or stopping()):
-                checkpoints.write(taken, run, _state(parameters, optimizer, average), harm=harm)
+            if checkpoints is not None and (due or harm is not None or stop):
+                _write(checkpoints, taken, run, _state(parameters, optimizer, average), harm)
+    if stop:  # by a signal that another process was sent
+        raise interrupts.Stopped(signal.SIGTERM)
     with torch.no_grad():
         for item, mean in zip(values, average, strict=bool(average)):
             item.copy_(mean)
@@ -184,9 +197,6 @@ def _check_finite(what: str, value: float, step: int, checkpoints: Checkpoints |
         )
 
 
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-
-
 def _state(
     parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, average: list[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
@@ -201,21 +211,63 @@ def _state(
     return tensors
 
 
-@torch.no_grad()
-def _load_(
-    stored: Checkpoint,
+def _write(
+    checkpoints: Checkpoints,
+    step: int,
+    run: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    harm: float | None,
+) -> None:
+    here = processes()
+    if here.is_first:
+        checkpoints.write(step, run, tensors, harm=harm, whole=whole)
+    else:
+        for _, item in in_file_order(tensors):
+            whole(item)
+    here.gather(None)  # Its patience is longer than that of the next exchange of gradients.
+
+
+def _resume_(
+    checkpoints: Checkpoints,
+    run: dict[str, Any],
+    schedule: Schedule,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     average: list[torch.Tensor],
-) -> None:
+) -> tuple[int, float | None]:
+    """Take the state from the last checkpoint, if there is one; steps taken and the harm found there."""
+
+    def look() -> tuple[Path, int, float | None, frozenset[str]] | None:
+        with checkpoints.latest() as found:
+            if found is None:
+                return None
+            _check_run(found, run, schedule)
+            return found.path, found.step, found.harm, found.names
+
+    known = processes().first(look)
+    if known is None:
+        return 0, None
+    path, step, harm, names = known
+    targets: dict[str, torch.Tensor] = {}
     for index, (name, item) in enumerate(parameters.items()):
-        item.copy_(stored.get(f"value/{name}"))
-        if f"step/{name}" in stored.names:
-            optimizer.state[item] = {
-                moment: stored.get(f"{moment}/{name}").to(item.device) for moment in _MOMENTS
+        targets[f"value/{name}"] = item
+        if f"step/{name}" in names:
+            state = {
+                moment: torch.zeros_like(item, requires_grad=False) for moment in ("exp_avg", "exp_avg_sq")
             }
+            optimizer.state[item] = state | {"step": torch.zeros((), device=item.device)}
+            targets |= {f"{moment}/{name}": value for moment, value in optimizer.state[item].items()}
         if average:
-            average[index].copy_(stored.get(f"average/{name}"))
+            targets[f"average/{name}"] = average[index]
+    _fill_all_(targets, path)
+    return step, harm
+
+
+def _fill_all_(targets: dict[str, torch.Tensor], path: Path) -> None:
+    """Fill tensors from a checkpoint, which the first process reads for all."""
+    with open_checkpoint(path) if processes().is_first else nullcontext() as stored:
+        for name, item in targets.items():
+            fill_(item, None if stored is None else stored.get(name))
 
 
 def _check_run(stored: Checkpoint, now: dict[str, Any], schedule: Schedule) -> None:
@@ -247,12 +299,17 @@ def _difference(key: str, before: str, now: str) -> str:
     return f"{key} was {before} and is {now}" if len(before + now) <= 80 else f"{key} was another"
 
 
-@torch.no_grad()
 def take_(model: nn.Module, path: Path) -> int:
     """Have a model be what it was at a checkpoint of its training, and say after how many steps that was."""
-    with open_checkpoint(path) as stored:
-        for name, item in model.named_parameters():
-            if f"value/{name}" in stored.names:
-                averaged = f"average/{name}" in stored.names
-                item.copy_(stored.get(f"{'average' if averaged else 'value'}/{name}"))
-        return stored.step
+
+    def look() -> tuple[int, frozenset[str]]:
+        with open_checkpoint(path) as stored:
+            return stored.step, stored.names
+
+    step, names = processes().first(look)
+    kinds = {
+        name: "average" if f"average/{name}" in names else "value" for name, _ in model.named_parameters()
+    }
+    stored = {f"{kinds[name]}/{name}": item for name, item in model.named_parameters()}
+    _fill_all_({name: item for name, item in stored.items() if name in names}, path)
+    return step

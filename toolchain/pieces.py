@@ -8,12 +8,13 @@ from typing import Any
 
 from toolchain.artifacts import read_json, write_json
 from toolchain.errors import ToolchainError
+from toolchain.processes import processes
 
 SETTINGS_FILE = "settings.json"
 
 
 class Pieces:
-    """JSON objects by name; on disk if there is a directory.
+    """JSON objects by name; on disk if there is a directory, where the first process acts for all.
 
     Args:
         directory: Made with the first piece. None keeps them in memory.
@@ -27,7 +28,11 @@ class Pieces:
     def __init__(self, directory: Path | None, settings: dict[str, Any], *, work: str) -> None:
         self._directory, self._settings = directory, json.loads(json.dumps(settings))
         self._pieces: dict[str, dict[str, Any]] = {}
-        if directory is None or not directory.exists() or not any(directory.iterdir()):
+        if directory is not None:
+            processes().first(lambda: self._check(directory, work))
+
+    def _check(self, directory: Path, work: str) -> None:
+        if not directory.exists() or not any(directory.iterdir()):
             return
         stored = directory / SETTINGS_FILE
         if not stored.exists():
@@ -46,8 +51,9 @@ class Pieces:
     def __contains__(self, name: str) -> bool:
         if name not in self._pieces and self._directory is not None:
             path = self._directory / f"{name}.json"
-            if path.exists():
-                self._pieces[name] = read_json(path)
+            found = processes().first(lambda: read_json(path) if path.exists() else None)
+            if found is not None:
+                self._pieces[name] = found
         return name in self._pieces
 
     def __getitem__(self, name: str) -> dict[str, Any]:
@@ -56,7 +62,7 @@ class Pieces:
         return self._pieces[name]
 
     def __setitem__(self, name: str, piece: dict[str, Any]) -> None:
-        if self._directory is not None:
+        if self._directory is not None and processes().is_first:
             self._directory.mkdir(parents=True, exist_ok=True)
             if not (settings := self._directory / SETTINGS_FILE).exists():
                 write_json(settings, self._settings)

@@ -14,9 +14,11 @@ from typing import BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from toolchain.errors import ToolchainError
 from toolchain.families.mmdit import Streams
+from toolchain.processes import processes
 from toolchain.tensorfile import tensor_bytes, write_header
 
 _Key = tuple[int, torch.Size]
@@ -76,6 +78,34 @@ class Resting:
         for item, key in self._keys.items():
             if key in values:
                 item.data = values[key]
+
+
+@contextmanager
+def lent(*what: nn.Module | torch.Tensor) -> Iterator[None]:
+    """Have weights and buffers where this process computes, for a while; what is one in memory is one there.
+
+    At the end they are where they were, with what they learned.
+    """
+    given = (tensors_of(item) if isinstance(item, nn.Module) else [item] for item in what)
+    homes = {item: item.data for items in given for item in items}
+    device, arrived = processes().device, dict[_Key, torch.Tensor]()
+    for item in homes:
+        key = storage_key(item)
+        if key not in arrived:
+            arrived[key] = item.data.to(device)
+        item.data = arrived[key]
+    try:
+        yield
+    finally:
+        for item, home in homes.items():
+            if item.requires_grad and item.data_ptr() != home.data_ptr():
+                home.copy_(item.data)
+            item.data = home
+
+
+def tensors_of(module: nn.Module) -> list[torch.Tensor]:
+    """Its weights and buffers."""
+    return [*module.parameters(), *module.buffers()]
 
 
 def storage_key(tensor: torch.Tensor) -> _Key:

@@ -16,7 +16,8 @@ import torch
 from toolchain.errors import ToolchainError
 from toolchain.families.mmdit import TextStates
 from toolchain.families.view import Model
-from toolchain.prefix import digest
+from toolchain.prefix import digest, lent
+from toolchain.processes import processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +77,18 @@ class States:
         return torch.from_numpy(rng.choice(len(self), size=min(size, len(self)), replace=False))
 
     def batch(
-        self, rows: slice | torch.Tensor, draw: tuple[int, int] = (0, 0)
+        self,
+        rows: slice | torch.Tensor,
+        draw: tuple[int, int] = (0, 0),
+        *,
+        device: torch.device | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, TextStates, torch.Tensor]:
-        """Latents, timesteps, text and teacher's velocities of some states."""
-        index = self.prompt_index[rows]
-        return self.latents[rows], self.timesteps[rows], self.text.index(index), self.velocities[rows]
+        """Latents, timesteps, text and teacher's velocities of some states, on a device if one is named."""
+        text = self.text.index(self.prompt_index[rows])
+        latents, timesteps, velocities = (
+            item[rows].to(device) for item in (self.latents, self.timesteps, self.velocities)
+        )
+        return latents, timesteps, text if device is None else text.to(device), velocities
 
 
 @torch.no_grad()
@@ -94,6 +102,8 @@ def sample_states(
 ) -> States:
     """Let a model paint prompts at its own defaults and keep every state it passes through.
 
+    Processes share the pictures out, and each gets all states.
+
     Args:
         model: The teacher.
         prompts: One picture is sampled for each.
@@ -105,29 +115,42 @@ def sample_states(
         ToolchainError: The model's velocities are not finite.
     """
     pipeline, defaults, mmdit, guided = model.pipeline, model.defaults, model.mmdit, model.guided
+    here = processes()
     text = model.encode([*prompts, ""])
     empty = len(prompts)
     shape = (len(prompts), *model.latent_shape)
     noise = torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
-    parts: list[tuple[torch.Tensor, ...]] = []
-    for start in range(0, len(prompts), batch_size):
+
+    def paint(start: int) -> list[tuple[torch.Tensor, ...]]:
+        found = []
         index = torch.arange(start, min(start + batch_size, len(prompts)))
-        latents = noise[index]
+        latents = noise[index].to(here.device)
         both = torch.cat([torch.full_like(index, empty), index]) if guided else index
-        states = text.index(both)
+        states = text.index(both).to(here.device)
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
         mmdit.set_timesteps(scheduler, defaults.num_inference_steps, *model.latent_shape[1:])
         for timestep in scheduler.timesteps:
             doubled = torch.cat([latents, latents]) if guided else latents
-            timesteps = timestep.expand(len(doubled))
+            timesteps = timestep.expand(len(doubled)).to(here.device)
             predicted = mmdit.velocity(doubled, timesteps, states).float()
-            parts.append(tuple(_interleaved(item, guided) for item in (doubled, timesteps, predicted, both)))
+            found.append(
+                tuple(_interleaved(item.cpu(), guided) for item in (doubled, timesteps, predicted, both))
+            )
             if guided:
                 free, asked = predicted.chunk(2)
                 predicted = free + defaults.guidance_scale * (asked - free)
             latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
             if on_step is not None:
                 on_step()
+        return found
+
+    parts: list[tuple[torch.Tensor, ...]] = []
+    with lent(mmdit.transformer):
+        for turn, found in enumerate(here.each(range(0, len(prompts), batch_size), paint)):
+            parts += found
+            if on_step is not None and not here.owns(turn):
+                for _ in found:
+                    on_step()
     if not all(torch.isfinite(predicted).all() for _, _, predicted, _ in parts):
         raise ToolchainError(f"{model.source} gives velocities that are not finite: its weights are damaged")
     columns = (torch.cat(items) for items in zip(*parts, strict=True))
@@ -140,7 +163,7 @@ def sample_states(
         timesteps=timesteps[order],
         velocities=velocities[order],
         prompt_index=prompt_index[order],
-        text=text,
+        text=text.to(torch.device("cpu")),
         guidance_scale=defaults.guidance_scale if guided else None,
     )
 

@@ -28,7 +28,8 @@ class Watch:
     batch_size: int
     num_pictures: int
     """Painted at every check; 0 for none."""
-    log: HistoryLog
+    log: HistoryLog | None
+    """None where another process keeps it, and the pictures."""
     pictures: Path
     """Directory of their grids."""
     trackers: Sequence[Tracker]
@@ -44,7 +45,8 @@ class Watch:
     def step(self, step: int, loss: float) -> None:
         """As `optimize_` says it."""
         rate, now = self.schedule.rate_at(step), time.perf_counter()
-        self.log.step(step, loss, rate)
+        if self.log is not None:
+            self.log.step(step, loss, rate)
         values = {
             "loss": loss,
             "learning_rate": rate,
@@ -76,10 +78,12 @@ class Watch:
             tracker.log(step, numbers)
         if self.num_pictures:
             painted = self.judge.paint(self.student, self.num_pictures)
-            write_grid(self.pictures / f"step-{step:08}.png", painted)
+            if self.log is not None:
+                write_grid(self.pictures / f"step-{step:08}.png", painted)
             for tracker in self.trackers:
                 tracker.show(step, painted)
-        self.log.check(check)
+        if self.log is not None:
+            self.log.check(check)
         found_then = f"velocity error {found.velocity_error:.4f}"
         if self.gate is not None:
             found_then = f"{self.gate.metric} {found.gate:.4f}"

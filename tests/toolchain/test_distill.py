@@ -522,3 +522,34 @@ def test_a_16_bit_teacher_teaches_a_student_that_learns_in_32(
     distill_(tiny, student, plan, states, replace(RECIPE, precision="bfloat16"))
     dtypes = {item.requires_grad: item.dtype for item in student.pipeline.transformer.parameters()}
     assert dtypes == {False: torch.bfloat16, True: torch.float32}
+
+
+def test_weights_come_home_from_another_device_and_are_one_again(
+    tiny: Model,
+    plan: CompressionPlan,
+    states: States,
+    teach: Callable[..., Taught],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = teach()
+    # Torch takes it for another device than the one weights are on, and copies them there.
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu:0")
+    student, places = prune(tiny, plan, share_prefix=True), []
+    before = [
+        item.data_ptr() for model in (tiny, student) for item in model.pipeline.transformer.parameters()
+    ]
+
+    def on_step(step: int, loss: float) -> None:
+        items = [item for model in (tiny, student) for item in model.pipeline.transformer.parameters()]
+        places.append({item.data_ptr() for item in items})
+
+    distill_(tiny, student, plan, states, RECIPE, on_step=on_step)
+    assert not places[0] & set(before)
+    assert len(places[0]) == len(set(before))
+    assert same(weights_of(student), here)
+    learned = {item.data_ptr() for item in student.pipeline.transformer.parameters() if item.requires_grad}
+    after = [item.data_ptr() for model in (tiny, student) for item in model.pipeline.transformer.parameters()]
+    assert learned
+    assert [a for a in after if a not in learned] == [
+        b for b, a in zip(before, after, strict=True) if a not in learned
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,6 +14,7 @@ from rich.table import Table
 from profiles.schema import load_profile
 from toolchain.cli.shell import (
     GATE_EXIT,
+    Device,
     Json,
     NumPrompts,
     Prompts,
@@ -32,6 +34,7 @@ from toolchain.cli.shell import (
 from toolchain.errors import ToolchainError
 from toolchain.geometry import Semantics
 from toolchain.plan import SENSITIVITY_FILE, RuleName, StrengthMode
+from toolchain.processes import processes, use_device
 from toolchain.rules import Budget, Grain, Options, PositionWeight, parse_units
 
 if TYPE_CHECKING:
@@ -118,6 +121,7 @@ def analyze(
     pairs: Annotated[bool, typer.Option(help="Also pairs of neighbours.")] = False,
     lora: Lora = None,
     precision: WeightsIn = "float32",
+    device: Device = None,
     seed: Seed = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory; of an earlier run, to go on with it.")
@@ -133,6 +137,8 @@ def analyze(
     from toolchain.plan import to_json
     from toolchain.plots import draw_sensitivity
 
+    if device is not None:
+        use_device(device)
     judge = open_metric(metric)
     opened = _open(model, precision, lora)
     texts = analysis_prompts(opened, prompts, num_prompts, seed=seed)
@@ -151,9 +157,9 @@ def analyze(
             work=directory / "pieces",
             on_step=bar("removing each part in turn", total),
         )
-    write_json(directory / SENSITIVITY_FILE, to_json(found))
-    picture = directory / "sensitivity.png"
-    draw_sensitivity(found, picture)
+    if processes().is_first:
+        write_json(directory / SENSITIVITY_FILE, to_json(found))
+        draw_sensitivity(found, directory / "sensitivity.png")
     emit(to_json(found), as_json, lambda: _show_sensitivity(found, directory))
 
 
@@ -179,6 +185,7 @@ def plan(
     num_prompts: NumPrompts = 16,
     lora: Lora = None,
     precision: WeightsIn = "float32",
+    device: Device = None,
     seed: Seed = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file to write the plan to.")
@@ -195,6 +202,8 @@ def plan(
     else:
         from toolchain.compress import analysis_prompts, decide
 
+        if device is not None:
+            use_device(device)
         opened = _open(model, precision, lora)
         decision = _decision(
             opened,
@@ -212,8 +221,9 @@ def plan(
             texts = analysis_prompts(opened, prompts, decision.prompts, seed=seed)
             _, made = decide(opened, decision, texts, analysis=analysis, bar=bar)
         path = output or Path(f"{name_of(model)}-plan.json")
-        write_json(path, to_json(made))
-        draw_plan(made, path.with_suffix(".png"))
+        if processes().is_first:
+            write_json(path, to_json(made))
+            draw_plan(made, path.with_suffix(".png"))
 
     def show() -> None:
         print_(render_plan(made))
@@ -251,7 +261,10 @@ def compress(
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of distillation.", min=0)] = 500,
     learning_rate: Annotated[float, typer.Option(help="Of distillation, at its peak.")] = 7e-4,
-    batch_size: Annotated[int, typer.Option(help="States at once.", min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(help="States at once, of all processes together.", min=1)] = 64,
+    accumulate: Annotated[
+        int, typer.Option(help="Parts a batch is taken in, one after the other, for less memory.", min=1)
+    ] = 1,
     features: Annotated[
         float, typer.Option(help="Weight of the blocks' outputs in the loss; the velocity's is 1.", min=0)
     ] = 0.0,
@@ -290,6 +303,7 @@ def compress(
     ] = None,
     lora: Lora = None,
     precision: WeightsIn = "float32",
+    device: Device = None,
     seed: Seed = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory to write the student to.")
@@ -302,18 +316,33 @@ def compress(
     per_task: Annotated[
         int, typer.Option(help="Held-out captions per ShapesEval task; 0 skips the scores.", min=0)
     ] = 40,
+    accelerate_config: Annotated[
+        Path | None,
+        typer.Option(help="Of `accelerate config`: do it in the processes it asks for."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Remove what a model needs least, and teach the rest to do without it."""
     from toolchain.artifacts import check_new_directory, read_json
+
+    student = output or Path(f"{name_of(model)}-student")
+    check_new_directory(student)
+    if accelerate_config is not None:
+        from toolchain.launch import launch
+
+        last_words = launch(accelerate_config, _arguments_launched(), Path(f"{student}.work"))
+        if last_words is not None:
+            fail(*last_words)
+        return
+
     from toolchain.compress import Recipe, compress_model
     from toolchain.data.shards import open_precomputed
     from toolchain.gate import parse_gate
     from toolchain.losses import LossWeights
     from toolchain.plan import plan_from_json
 
-    student = output or Path(f"{name_of(model)}-student")
-    check_new_directory(student)
+    if device is not None:
+        use_device(device)
     if by_hand := _given_by_hand(context) & {"ratio", "max_bytes", "max_flops", "remove", "target", "plan"}:
         # One of them says what goes: given by hand, it takes the place of another one in a recipe.
         ratio, remove = ratio if "ratio" in by_hand else None, remove if "remove" in by_hand else None
@@ -347,6 +376,7 @@ def compress(
         batch_size=batch_size,
         losses=LossWeights(features=features),
         checkpointing=checkpointing,
+        accumulate=accumulate,
         cache_prefix=cache_prefix,
         turn=turn,
         ema_decay=ema,
@@ -375,6 +405,13 @@ def compress(
     if outcome.tries[-1].passed is False:
         reached = outcome.tries[-1].gate
         fail(f"{student} was written, but did not pass its gate {outcome.gate}: {reached:.4g}", GATE_EXIT)
+
+
+def _arguments_launched() -> list[str]:
+    """Those of this command line but for --accelerate-config."""
+    given = sys.argv[1:]
+    at = next(index for index, item in enumerate(given) if item.startswith("--accelerate-config"))
+    return given[:at] + given[at + (1 if "=" in given[at] else 2) :]
 
 
 @app.command()

@@ -30,6 +30,8 @@ from profiles.schema import ProfileError
 from toolchain.artifacts import is_full
 from toolchain.errors import ToolchainError
 from toolchain.interrupts import Stopped, stoppable
+from toolchain.launch import LOST_OTHERS, leave_last_words
+from toolchain.processes import lost_others, processes
 from toolchain.progress import Bar
 
 app = typer.Typer(
@@ -66,6 +68,7 @@ Prompts = Annotated[
     Path | None, typer.Option(help="Text file with a prompt a line; needed for any model but `shapes`.")
 ]
 NumPrompts = Annotated[int, typer.Option(help="Prompts to measure harm on.", min=1)]
+Device = Annotated[str | None, typer.Option(help="To compute on: cpu, cuda:1, ...; a GPU if there is one.")]
 WeightsIn = Annotated[
     Literal["float32", "stored"],
     typer.Option(
@@ -89,6 +92,8 @@ def main() -> None:
     # What these libraries advise is meant for who calls them, and of no use to who types a command.
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    here = processes()
+    console.quiet = not here.is_first
     try:
         app()
     except (ToolchainError, ExportError, DeployError, ProfileError) as error:
@@ -102,6 +107,8 @@ def main() -> None:
         extra = _EXTRA_OF[package]
         fail(f"this command needs {package}, which is not installed: pip install 'hptool[{extra}]'")
     except Exception as error:
+        if here.number > 1 and lost_others(error):
+            sys.exit(LOST_OTHERS)
         if not is_full(error):
             raise
         fail(f"the disk is full ({error}); make room, and give the same command again")
@@ -109,19 +116,22 @@ def main() -> None:
 
 def print_(what: Any) -> None:
     """Show a person something on standard output."""
+    if not processes().is_first:
+        return
     # Text is not cut at the width of the terminal: a path has to stay whole to be copied.
     Console(highlight=False).print(what, soft_wrap=isinstance(what, str))
 
 
 def fail(message: str, code: int = 2) -> None:
-    sys.stderr.write(f"error: {message}\n" if code == 2 else f"{message}\n")
+    if not leave_last_words(message) and processes().is_first:
+        sys.stderr.write(f"error: {message}\n" if code == 2 else f"{message}\n")
     sys.exit(code)
 
 
 def emit(data: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
-    if as_json:
+    if as_json and processes().is_first:
         sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
-    else:
+    elif not as_json:
         show()
 
 
@@ -183,6 +193,8 @@ _MEMORY = Path(".hptool.json")
 def remember(*, student: Path) -> None:
     from toolchain.artifacts import write_json
 
+    if not processes().is_first:
+        return
     try:
         write_json(_MEMORY, {"schema_version": 1, "student": str(student)})
     except OSError as error:

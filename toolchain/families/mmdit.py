@@ -38,9 +38,9 @@ class TextStates:
         """Those of some prompts."""
         return TextStates(tokens_BTJ=self.tokens_BTJ[rows], pooled_BP=self.pooled_BP[rows])
 
-    def to(self, dtype: torch.dtype) -> TextStates:
-        """The same in another precision."""
-        return TextStates(tokens_BTJ=self.tokens_BTJ.to(dtype), pooled_BP=self.pooled_BP.to(dtype))
+    def to(self, where: torch.dtype | torch.device) -> TextStates:
+        """The same in another precision, or on a device."""
+        return TextStates(tokens_BTJ=self.tokens_BTJ.to(where), pooled_BP=self.pooled_BP.to(where))
 
 
 @dataclass(frozen=True, kw_only=True)

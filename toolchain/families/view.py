@@ -196,7 +196,17 @@ class Model:
         known = None if self.texts is None else self.texts.encode(prompts)
         if known is not None:
             return known
-        return self.mmdit.encode_prompts(self.pipeline, prompts, self.defaults.max_sequence_length)
+        from toolchain.prefix import lent
+        from toolchain.processes import processes
+
+        parts = self.pipeline.components
+        encoders = [
+            part for name, part in parts.items() if name.startswith("text_encoder") and part is not None
+        ]
+        with lent(*encoders):
+            return self.mmdit.encode_prompts(
+                self.pipeline, prompts, self.defaults.max_sequence_length, processes().device
+            )
 
     def paint(self, prompts: list[str], noise: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
         """Paint prompts at the default settings, from initial noise [N, C, H, W].
@@ -206,16 +216,22 @@ class Model:
         """
         import torch
 
-        pictures = self.pipeline(
-            prompts,
-            num_inference_steps=self.defaults.num_inference_steps,
-            guidance_scale=self.defaults.guidance_scale,
-            max_sequence_length=self.defaults.max_sequence_length,
-            height=self.defaults.height,
-            width=self.defaults.width,
-            latents=self.mmdit.pipeline_latents(torch.from_numpy(noise)),
-            output_type="np",
-        ).images
+        from toolchain.prefix import lent
+        from toolchain.processes import processes
+
+        parts = [item for item in self.pipeline.components.values() if isinstance(item, torch.nn.Module)]
+        latents = torch.from_numpy(noise).to(processes().device)
+        with lent(*parts):
+            pictures = self.pipeline(
+                prompts,
+                num_inference_steps=self.defaults.num_inference_steps,
+                guidance_scale=self.defaults.guidance_scale,
+                max_sequence_length=self.defaults.max_sequence_length,
+                height=self.defaults.height,
+                width=self.defaults.width,
+                latents=self.mmdit.pipeline_latents(latents),
+                output_type="np",
+            ).images
         images: npt.NDArray[np.uint8] = (pictures * 255).round().astype("uint8")
         return images
 
