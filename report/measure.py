@@ -176,8 +176,8 @@ def _openers(evidence: Evidence, runtimes: Sequence[str]) -> dict[str, Callable[
     found: dict[str, Callable[[], Painter]] = {}
     if student is not None:
         known: dict[str, Callable[[], Painter]] = {
-            "original": lambda: open_model(student.plan.model),
-            "pruned": lambda: prune(open_model(student.plan.model), student.plan),
+            "original": lambda: _open_original(student),
+            "pruned": lambda: prune(_open_original(student), student.plan),
             "distilled": lambda: open_model(str(student.path)),
         }
         found = {stage.name: known[stage.name] for stage in student.outcome.stages}
@@ -186,6 +186,15 @@ def _openers(evidence: Evidence, runtimes: Sequence[str]) -> dict[str, Callable[
             bundle.bundle.path, runtime=runtimes[0], verify=False
         )
     return found
+
+
+def _open_original(student: StudentRun) -> Model:
+    model = open_model(student.plan.model)
+    if adapters := student.outcome.adapters:
+        from toolchain.lora import Adapter, bake_
+
+        model = bake_(model, map(Adapter.parse, adapters))
+    return model
 
 
 def _look_at(name: str, painter: Painter, evidence: Evidence, found: Measured, bar: Bar) -> None:
