@@ -114,7 +114,7 @@ def measure(
         when=time.strftime("%Y-%m-%d", time.gmtime()),
     )
     given = None if prompts is None else read_prompts(prompts, 1)[:_NUM_PICTURES]
-    if evidence.student is not None:
+    if evidence.student is not None and targets:
         with _noted(found, "The memory of devices"):
             _fit(evidence.student, targets, found, bar)
     if not paint:
