@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import platform
 import statistics
-import time
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import openvino
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
 from deploy.pipeline import EdgePipeline
+from report.measure import torch_step_ms
+from report.pictures import draw_grid
 from toolchain.artifacts import read_json, write_json
 from toolchain.compress import REPORT_FILE
 from toolchain.evaluate import Painter, evaluate_shapes
@@ -33,7 +33,6 @@ PROMPTS = [
     "a yellow circle and a blue triangle",
     "four black squares",
 ]
-_REPEATS = 20
 
 
 def main(directory: Path = Path("demo")) -> None:
@@ -62,7 +61,7 @@ def main(directory: Path = Path("demo")) -> None:
                 "transformer_bytes": stage["transformer_bytes"],
                 "score": stage["score"]["mean"],
                 "standard_error": stage["score"]["standard_error"],
-                "ms_per_step": _torch_step_ms(model),
+                "ms_per_step": torch_step_ms(model, PROMPTS[:1]).p50,
             }
         )
     for name, edge in edges.items():
@@ -91,27 +90,14 @@ def main(directory: Path = Path("demo")) -> None:
         "rows": rows,
     }
     write_json(directory / "table.json", table)
-    _grid(painters).save(directory / "grid.png")
+    noise = np.random.default_rng(0).standard_normal((len(PROMPTS), *original.latent_shape), dtype=np.float32)
+    painted = {name: painter.paint(PROMPTS, noise) for name, painter in painters.items()}
+    draw_grid(PROMPTS, painted).save(directory / "grid.png")
     _show(rows, machine, directory)
 
 
-def _torch_step_ms(model: Model) -> float:
-    """Median of one guided sampling step of one picture, in float32."""
-    noise = np.zeros((1, *model.latent_shape), dtype=np.float32)
-    transformer = model.pipeline.transformer
-    marks: list[float] = []
-    hook = transformer.register_forward_pre_hook(lambda *_: marks.append(time.perf_counter()))
-    after = transformer.register_forward_hook(lambda *_: marks.append(time.perf_counter()))
-    model.paint(["a red circle"], noise)
-    model.paint(["a red circle"], noise)
-    hook.remove()
-    after.remove()
-    times = [end - start for start, end in zip(marks[::2], marks[1::2], strict=True)]
-    return 1000 * statistics.median(times[-_REPEATS:])
-
-
 def _edge_step_ms(edge: EdgePipeline) -> float:
-    """The same on the edge."""
+    """Median of one guided sampling step of one picture on the edge."""
     edge("a red circle")
     return statistics.median(edge("a red circle").timings_ms["steps"])
 
@@ -120,35 +106,6 @@ def _transformer_bytes(edge: EdgePipeline) -> int:
     """Bytes of the files that the variant in use reads for its transformer."""
     files = edge.bundle.manifest.files
     return sum(files[name].bytes for name in (edge.variant.path, "transformer/weights.data"))
-
-
-def _grid(painters: dict[str, Painter], scale: int = 2) -> Image.Image:
-    """One row a model, one column a prompt, the same noise down each column."""
-    shape = next(iter(painters.values())).latent_shape
-    noise = np.random.default_rng(0).standard_normal((len(PROMPTS), *shape), dtype=np.float32)
-    font = ImageFont.load_default(size=13)
-    size, gap, head, side = 64 * scale, 6, 62, 120
-    width = side + len(PROMPTS) * (size + gap)
-    grid = Image.new("RGB", (width, head + len(painters) * (size + gap)), "white")
-    draw = ImageDraw.Draw(grid)
-    for column, prompt in enumerate(PROMPTS):
-        draw.multiline_text((side + column * (size + gap), 4), _wrap(prompt, 18), fill="black", font=font)
-    for row, (name, painter) in enumerate(painters.items()):
-        top = head + row * (size + gap)
-        draw.multiline_text((4, top + size // 3), _wrap(name, 15), fill="black", font=font)
-        for column, picture in enumerate(painter.paint(PROMPTS, noise)):
-            tile = Image.fromarray(picture).resize((size, size), Image.Resampling.NEAREST)
-            grid.paste(tile, (side + column * (size + gap), top))
-    return grid
-
-
-def _wrap(text: str, width: int) -> str:
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
 
 
 def _processor() -> str:

@@ -17,9 +17,10 @@ from export.parity import ParityRow
 from export.quantize import QuantReport
 from profiles.typed import TypedDataError, from_data
 from toolchain.artifacts import read_json, sha256
-from toolchain.compress import REPORT_FILE, Outcome
+from toolchain.compress import REPORT_FILE, REPORT_VERSION, Outcome
 from toolchain.errors import ToolchainError
 from toolchain.evaluate import ShapesScore
+from toolchain.history import HISTORY_FILE, History, history_from_json
 from toolchain.plan import (
     PLAN_FILE,
     SENSITIVITY_FILE,
@@ -29,32 +30,11 @@ from toolchain.plan import (
     sensitivity_from_json,
 )
 
-__all__ = ["BundleRun", "Check", "Evidence", "History", "Parity", "StudentRun", "read_evidence"]
+__all__ = ["PARITY_FILE", "BundleRun", "Evidence", "Parity", "StudentRun", "read_evidence"]
 
-HISTORY_FILE, PARITY_FILE = "history.json", "parity.json"
+PARITY_FILE = "parity.json"
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """The student at one step of its training."""
-
-    step: int
-    velocity_error: float
-    score: float | None
-    gate: float | None
-    """What the metric of the gate gave; None without a gate."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class History:
-    """How a student was trained."""
-
-    losses: list[float]
-    """Of every step, as `rates`."""
-    rates: list[float]
-    checks: list[Check]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +148,7 @@ def read_evidence(
 
 
 def _read_student(path: Path) -> StudentRun:
-    values = _versioned(path / REPORT_FILE, 2)
+    values = _versioned(path / REPORT_FILE, REPORT_VERSION)
     recipe = values.pop("recipe", None)
     if not isinstance(recipe, dict):
         raise ToolchainError(f"{path / REPORT_FILE} has no recipe; compress the model again")
@@ -180,7 +160,7 @@ def _read_student(path: Path) -> StudentRun:
         recipe=recipe,
         outcome=_data(path / REPORT_FILE, Outcome, values),
         sensitivity=sensitivity_from_json(read_json(sensitivity)) if sensitivity.exists() else None,
-        history=_data(history, History, _versioned(history, 1)) if history.exists() else None,
+        history=history_from_json(read_json(history)) if history.exists() else None,
     )
 
 

@@ -114,7 +114,7 @@ def measure(
         when=time.strftime("%Y-%m-%d", time.gmtime()),
     )
     given = None if prompts is None else read_prompts(prompts, 1)[:_NUM_PICTURES]
-    if evidence.student is not None:
+    if evidence.student is not None and targets:
         with _noted(found, "The memory of devices"):
             _fit(evidence.student, targets, found, bar)
     if not paint:
@@ -176,8 +176,8 @@ def _openers(evidence: Evidence, runtimes: Sequence[str]) -> dict[str, Callable[
     found: dict[str, Callable[[], Painter]] = {}
     if student is not None:
         known: dict[str, Callable[[], Painter]] = {
-            "original": lambda: open_model(student.plan.model),
-            "pruned": lambda: prune(open_model(student.plan.model), student.plan),
+            "original": lambda: _open_original(student),
+            "pruned": lambda: prune(_open_original(student), student.plan),
             "distilled": lambda: open_model(str(student.path)),
         }
         found = {stage.name: known[stage.name] for stage in student.outcome.stages}
@@ -186,6 +186,15 @@ def _openers(evidence: Evidence, runtimes: Sequence[str]) -> dict[str, Callable[
             bundle.bundle.path, runtime=runtimes[0], verify=False
         )
     return found
+
+
+def _open_original(student: StudentRun) -> Model:
+    model = open_model(student.plan.model)
+    if adapters := student.outcome.adapters:
+        from toolchain.lora import Adapter, bake_
+
+        model = bake_(model, map(Adapter.parse, adapters))
+    return model
 
 
 def _look_at(name: str, painter: Painter, evidence: Evidence, found: Measured, bar: Bar) -> None:

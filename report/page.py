@@ -21,10 +21,11 @@ from deploy.bundle import MANIFEST, SIGNATURE, graph_files
 from export.engine import ENGINES
 from export.fit import TargetFit
 from report.charts import HARM_RANGE, Series, bars, dots, harm_panels, lines, plan_panels
-from report.evidence import HISTORY_FILE, PARITY_FILE, BundleRun, Evidence, History
+from report.evidence import PARITY_FILE, BundleRun, Evidence
 from report.measure import RUNTIME_NAMES, SEED, Measured, bundle_name
 from toolchain.compress import REPORT_FILE
 from toolchain.evaluate import ShapesScore
+from toolchain.history import HISTORY_FILE, History
 from toolchain.picture import MEANING, freed
 from toolchain.plan import PLAN_FILE, SENSITIVITY_FILE, CompressionPlan
 from toolchain.rules import format_units
@@ -270,7 +271,23 @@ def _training(evidence: Evidence) -> Section:
     charts += _check_charts(history)
     if history.rates:
         charts.append(lines("learning rate", [Series("", 0, list(enumerate(history.rates)))], x_name="step"))
-    section.data = {"charts": charts}
+    tries = student.outcome.tries
+    if student.outcome.gate is not None:
+        section.sources.append(f"Gate {student.outcome.gate} and tries: {student.path / REPORT_FILE}.")
+    section.data = {
+        "charts": charts,
+        "tries": [
+            (
+                item.removed or "nothing",
+                _percent(item.ratio_reached, 1),
+                item.steps,
+                f"{item.gate:.4g}",
+                "yes" if item.passed else "no",
+            )
+            for item in tries
+            if item.gate is not None
+        ],
+    }
     return section
 
 
@@ -569,6 +586,7 @@ def _provenance(evidence: Evidence, measured: Measured) -> Section:
                 [
                     ("directory", str(student.path)),
                     ("made of", student.outcome.model),
+                    *(("with the adapter", name) for name in student.outcome.adapters),
                     ("removed", format_units(student.plan.removed) or "nothing"),
                     (f"digest of {PLAN_FILE}", student.plan_sha256),
                     *(_flat(student.recipe)),

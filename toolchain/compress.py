@@ -53,7 +53,7 @@ from toolchain.trajectories import States, sample_states
 from toolchain.tries import Tries, Try
 from toolchain.watch import PICTURES, Watch
 
-REPORT_FILE = "report.json"
+REPORT_FILE, REPORT_VERSION = "report.json", 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,7 +360,9 @@ def compress_model(
         if pictures.exists():
             shutil.copytree(pictures, directory / PICTURES)
         facts = asdict(replace(recipe, decision=replace(recipe.decision, options=Options())))
-        write_json(directory / REPORT_FILE, {"schema_version": 3, "recipe": facts, **asdict(outcome)})
+        write_json(
+            directory / REPORT_FILE, {"schema_version": REPORT_VERSION, "recipe": facts, **asdict(outcome)}
+        )
 
     here.first(write)
     return outcome

@@ -29,12 +29,15 @@ from export.drift import Drift
 from export.engine import ENGINES, EngineReport
 from export.parity import ParityRow
 from export.quantize import QuantizedTensor, QuantReport, SkippedTensor
-from report.evidence import HISTORY_FILE, PARITY_FILE
+from report.evidence import PARITY_FILE
 from toolchain.artifacts import sha256, write_json
-from toolchain.compress import REPORT_FILE, Outcome, Stage
+from toolchain.compress import REPORT_FILE, REPORT_VERSION, Outcome
 from toolchain.evaluate import ShapesScore
 from toolchain.geometry import Block, Geometry, Part, Unit
+from toolchain.history import HISTORY_FILE
+from toolchain.judge import Stage
 from toolchain.plan import PLAN_FILE, SENSITIVITY_FILE, CompressionPlan, Harm, Sensitivity, to_json
+from toolchain.tries import Try
 
 HOSTILE = '<script>alert("1")</script>'
 """What a model, a prompt or a recipe may be called by whoever means harm."""
@@ -95,11 +98,13 @@ def stage(name: str, parameters: int, error: float, mean: float) -> Stage:
         transformer_bytes=2 * parameters,
         velocity_error=error,
         score=score(mean),
+        gate=mean,
     )
 
 
 OUTCOME = Outcome(
     model=HOSTILE,
+    adapters=("style.safetensors:1",),
     student="student",
     rule="manual",
     removed="2,1.attn",
@@ -109,6 +114,11 @@ OUTCOME = Outcome(
         stage("original", 4000, 0.0, 0.975),
         stage("pruned", 2400, 0.51, 0.625),
         stage("distilled", 2400, 0.0432, 0.925),
+    ),
+    gate="shapes>=0.9",
+    tries=(
+        Try(removed="1-2", ratio_reached=0.5, flops_ratio_reached=0.5, steps=3, gate=0.8125, passed=False),
+        Try(removed="2,1.attn", ratio_reached=0.4, flops_ratio_reached=0.4, steps=3, gate=0.925, passed=True),
     ),
 )
 HISTORY = {
@@ -126,7 +136,7 @@ def student(tmp_path: Path) -> Path:
     write_json(path / SENSITIVITY_FILE, to_json(SENSITIVITY))
     write_json(path / HISTORY_FILE, {"schema_version": 1, **HISTORY})
     recipe = {"steps": 3, "decision": {"rule": HOSTILE}}
-    write_json(path / REPORT_FILE, {"schema_version": 2, "recipe": recipe, **asdict(OUTCOME)})
+    write_json(path / REPORT_FILE, {"schema_version": REPORT_VERSION, "recipe": recipe, **asdict(OUTCOME)})
     return path
 
 
