@@ -350,6 +350,10 @@ def compress(
         if any(item is not None for item in (ratio, max_bytes, max_flops, remove, plan)):
             raise ToolchainError("--target chooses the ratio, so it takes no other limit and no plan")
         ratio = _ratio_for(model, target)
+    precomputed = None
+    if data is not None:
+        with bars() as bar:
+            precomputed = open_precomputed(data, bar=bar)
     wanted = None if gate is None else parse_gate(gate)
     # Captions of the data are encoded already, so only pictures to judge by need more than the transformer.
     paints = check_every is not None or not (wanted is None or wanted.metric == "velocity")
@@ -393,7 +397,7 @@ def compress(
             work,
             student,
             prompts=prompts,
-            data=None if data is None else open_precomputed(data, bar=bar),
+            data=precomputed,
             analysis=analysis,
             plan=given,
             trackers=tracker or (),
