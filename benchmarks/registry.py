@@ -111,6 +111,23 @@ BENCHMARKS = (
         resumes_in=("scale_export.json",),
     ),
     Benchmark(
+        name="serve_load",
+        question="What does a server do under load?",
+        measure=("measure",),
+        table="table",
+        page="serve.md",
+        quick=False,
+    ),
+    Benchmark(
+        name="faults",
+        question="What survives kill -9, SIGTERM, a full disk, broken data and dead workers?",
+        measure=("measure",),
+        table="table",
+        page="faults.md",
+        quick=False,
+        resumes_in=("faults.json",),
+    ),
+    Benchmark(
         name="fit",
         question="Does what `hptool fit` says come true?",
         measure=("check",),

@@ -1,7 +1,7 @@
 """A server under load: everyone gets a picture or is told when to come again, and its memory stays.
 
-    python -m benchmarks.serve_load measure BUNDLE     # into benchmarks/results/serve_load.json
-    python -m benchmarks.serve_load table              # writes the end of docs/serve.md
+    python -m benchmarks.serve_load measure     # into benchmarks/results/serve_load.json
+    python -m benchmarks.serve_load table       # writes the end of docs/serve.md
 
 Two hundred requests come at once to a line of sixteen, some times over; then pictures are painted one after
 another. Server, flood and probe are processes of their own, so that none waits for another's event loop.
@@ -44,12 +44,15 @@ PROMPT = "a red circle"
 
 @app.command()
 def measure(
-    bundle: Annotated[Path, typer.Argument(help="Directory.")],
+    bundle: Annotated[Path | None, typer.Argument(help="Default: `shapes`, exported for it.")] = None,
     pictures: Annotated[int, typer.Option(help="To paint one after another.")] = PICTURES,
     steps: Annotated[int, typer.Option(help="Of each of these.")] = 2,
     port: Annotated[int, typer.Option(help="Of this machine.")] = 8765,
 ) -> None:
     """Start a server and ask much of it."""
+    if bundle is None and not (bundle := Path("build") / "serve-bundle").exists():
+        export = [sys.executable, "-m", "toolchain", "export", "shapes", "--output", str(bundle)]
+        subprocess.run(export, check=True)
     command = [sys.executable, "-m", "toolchain", "serve", str(bundle), "--port", str(port)]
     process = subprocess.Popen([*command, "--queue", str(QUEUE)], stderr=subprocess.DEVNULL)
     try:
