@@ -435,6 +435,7 @@ def precompute(
     ] = "bfloat16",
     lora: Lora = None,
     precision: WeightsIn = "float32",
+    device: Device = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -445,6 +446,8 @@ def precompute(
     from toolchain.data.shards import index_to_json
     from toolchain.data.sources import open_source
 
+    if device is not None:
+        use_device(device)
     check_new_directory(output)
     source = open_source(data)
     opened = _open(model, precision, lora)

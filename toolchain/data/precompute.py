@@ -37,6 +37,8 @@ from toolchain.data.shards import (
 from toolchain.data.sources import Skipped, Source, read_prompts
 from toolchain.errors import ToolchainError
 from toolchain.families.view import Model
+from toolchain.prefix import lent
+from toolchain.processes import processes
 from toolchain.progress import Bar
 from toolchain.trajectories import sample_states
 
@@ -75,8 +77,11 @@ def precompute(model: Model, source: Source, output: Path, settings: Settings, *
         bar: Starts progress bars.
 
     Raises:
-        ToolchainError: The data set cannot be read or holds nothing, or `OUTPUT.work` is of another one.
+        ToolchainError: The data set cannot be read or holds nothing, `OUTPUT.work` is of another one, or
+            there are several processes.
     """
+    if processes().number > 1:
+        raise ToolchainError("a data set is precomputed by one process; leave accelerate's launcher out")
     check_new_directory(output)
     prompts = read_prompts(source.path) if source.kind == "prompts" else None
     work = _Work(output.with_name(f"{output.name}.work"), _facts(model, source, settings), bar)
@@ -85,7 +90,8 @@ def precompute(model: Model, source: Source, output: Path, settings: Settings, *
         texts = _write_texts(model, prompts, work, settings, bar)
         _write_states(model, prompts, texts, work, settings, bar)
     else:
-        pairs, skipped = _write_latents(model, source, work, settings, bar)
+        with lent(model.pipeline.vae):
+            pairs, skipped = _write_latents(model, source, work, settings, bar)
         if not pairs:
             work.remove()
             reasons = "".join(f"; {item.key}: {item.reason}" for item in skipped[:3])
@@ -327,11 +333,12 @@ def _write_texts(model: Model, captions: Sequence[str], work: _Work, settings: S
         part, name = distinct[start : start + size], f"text-{number:06}.safetensors"
         if name not in work:
             found = []
-            for first in range(0, len(part), settings.batch_size):
-                batch = part[first : first + settings.batch_size]
-                found.append(model.encode(batch))
-                for _ in batch:
-                    advance()
+            with lent(*model.text_encoders):  # once for all batches
+                for first in range(0, len(part), settings.batch_size):
+                    batch = part[first : first + settings.batch_size]
+                    found.append(model.encode(batch))
+                    for _ in batch:
+                        advance()
             tensors = {
                 "tokens": torch.cat([item.tokens_BTJ for item in found]),
                 "pooled": torch.cat([item.pooled_BP for item in found]),

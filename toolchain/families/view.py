@@ -191,6 +191,12 @@ class Model:
             return StoredTensors(self.source, self.path / part, module, stored_names(module))
         return held
 
+    @property
+    def text_encoders(self) -> list[torch.nn.Module]:
+        """Those there are."""
+        parts = self.pipeline.components.items()
+        return [part for name, part in parts if name.startswith("text_encoder") and part is not None]
+
     def encode(self, prompts: list[str]) -> TextStates:
         """What the text encoders make of prompts at the default settings, or made of them before."""
         known = None if self.texts is None else self.texts.encode(prompts)
@@ -199,11 +205,7 @@ class Model:
         from toolchain.prefix import lent
         from toolchain.processes import processes
 
-        parts = self.pipeline.components
-        encoders = [
-            part for name, part in parts.items() if name.startswith("text_encoder") and part is not None
-        ]
-        with lent(*encoders):
+        with lent(*self.text_encoders):
             return self.mmdit.encode_prompts(
                 self.pipeline, prompts, self.defaults.max_sequence_length, processes().device
             )
