@@ -168,7 +168,7 @@ def check_transformer(
         reference = _begin(mmdit, weights, states)
         # The table of positions is not stored: the graph computes it, and so does what it is compared with.
         computed = shallow_copy(mmdit.transformer)
-        computed.pos_embed = mmdit.computed_positions(weights)
+        computed.pos_embed = graphs[0].lowered.positions
         same = _begin(_view(mmdit, computed), stored, states)
         for run in runs:
             run.begin(states, same, reference)

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from deploy import bundle as format
 from deploy.bundle import Bundle, open_bundle
 from deploy.engine import build_memory_bytes
-from export.cache import ComponentCache, component_key
+from export.cache import ComponentCache, component_key, source_files
 from export.calibration import GROUP_SIZE, Calibration
 from export.components import (
     GRAPH,
@@ -143,14 +144,19 @@ def export_bundle(
         importance=None if calibration is None else calibration.importance,
     )
     parts = _parts(model, precision, bar)
-    keys = {name: component_key(model, part.source, part.options, cache) for name, part in parts.items()}
-    needs = _needs(model, parts, keys, precision, num_engines(variants), cache)
-    require_space(needs, output=output, cache=cache.path)
-    with new_directory(output) as directory:
+    require_space(
+        _needs(model, parts, precision, num_engines(variants), cache), output=output, cache=cache.path
+    )
+    # Reading the transformer's weights for its key takes as long as the text encoders do.
+    with ThreadPoolExecutor(1) as reading, new_directory(output) as directory:
+        keys = {
+            name: reading.submit(component_key, model, part.source, part.options, cache)
+            for name, part in parts.items()
+        }
         components: dict[str, Component] = {}
         files: dict[str, format.File] = {}
         for name, part in parts.items():
-            components[name], written = cache.get(keys[name], part.make, directory / name)
+            components[name], written = cache.get(keys[name].result(), part.make, directory / name)
             files |= {f"{name}/{path}": file for path, file in written.items()}
         tokenizers = {
             name: export_tokenizer(model, name, directory)
@@ -232,13 +238,18 @@ def _parts(model: Model, precision: Precision, bar: Bar) -> dict[str, _Part]:
 def _needs(
     model: Model,
     parts: Mapping[str, _Part],
-    keys: Mapping[str, str],
     precision: Precision,
     num_engines: int,
     cache: ComponentCache,
 ) -> Needs:
     sizes = {name: stored_bytes(model, part.source, precision) for name, part in parts.items()}
-    held = {name for name in parts if cache.holds(keys[name])}
+    # Of files that were never digested here nothing is kept; those that were moved count as if they were new.
+    held = {
+        name
+        for name, part in parts.items()
+        if cache.remembers(source_files(model, part.source))
+        and cache.holds(component_key(model, part.source, part.options, cache))
+    }
     building = 0
     if num_engines:
         building = build_memory_bytes(sizes["transformer"], NODES_PER_BLOCK * len(model.mmdit.blocks))

@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache as once
 from importlib import resources
 from pathlib import Path
@@ -27,7 +27,7 @@ from toolchain.errors import ToolchainError
 from toolchain.families import Model
 from toolchain.families.stored import weight_files
 
-__all__ = ["ComponentCache", "component_key"]
+__all__ = ["ComponentCache", "component_key", "source_files"]
 
 _RECORD = "component.json"
 _DIGESTS = "digests.json"
@@ -65,32 +65,43 @@ class ComponentCache:
         with new_directory(entry) as directory:
             component = make(directory)
             files = {
-                path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
+                path.name: format.File(sha256=sha256(path), bytes=path.stat().st_size)
                 for path in sorted(directory.iterdir())
             }
-            record = {"files": files, "component": dataclasses.asdict(component)}
-            write_json(directory / _RECORD, record)
-        found = self._copy(key, destination)
-        if found is None:
-            raise ToolchainError(f"{entry} was damaged as it was written; check the disk")
-        return found
+            record = {name: dataclasses.asdict(file) for name, file in files.items()}
+            write_json(directory / _RECORD, {"files": record, "component": dataclasses.asdict(component)})
+        destination.mkdir()
+        for name in files:  # without a second digest of what was digested just now
+            shutil.copyfile(entry / name, destination / name)
+        return component, files
 
     def holds(self, key: str) -> bool:
         """Whether a component is there."""
         return (self._entry(key) / _RECORD).exists()
 
     def digest(self, path: Path) -> str:
-        """Digest of a file, computed once for as long as its size and time of change stay what they are."""
+        """Digest of a file, computed once for as long as its size and time of change stay what they are.
+
+        One thread at a time may ask.
+        """
+        if (remembered := self._remembered(path)) is not None:
+            return remembered
+        mark, found = _mark(path), sha256(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / _DIGESTS, self._digests() | {str(path.resolve()): [*mark, found]})
+        return found
+
+    def remembers(self, paths: Iterable[Path]) -> bool:
+        """Whether files need not be read for their digests."""
+        return all(self._remembered(path) is not None for path in paths)
+
+    def _remembered(self, path: Path) -> str | None:
+        *mark, digest = self._digests().get(str(path.resolve()), [None])
+        return digest if mark == _mark(path) else None
+
+    def _digests(self) -> dict[str, Any]:
         memory = self.path / _DIGESTS
-        known = read_json(memory) if memory.exists() else {}
-        state = path.stat()
-        mark = [state.st_size, state.st_mtime_ns]
-        name = str(path.resolve())
-        if name not in known or known[name][:2] != mark:
-            known[name] = [*mark, sha256(path)]
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(memory, known)
-        return str(known[name][2])
+        return read_json(memory) if memory.exists() else {}
 
     def _entry(self, key: str) -> Path:
         return self.path / "components" / key
@@ -117,6 +128,11 @@ class ComponentCache:
         return None
 
 
+def _mark(path: Path) -> list[int]:
+    state = path.stat()
+    return [state.st_size, state.st_mtime_ns]
+
+
 def _copy_file(source: Path, destination: Path) -> str:
     """Copy a file in one pass, and return the digest of what was written."""
     digest = hashlib.sha256()
@@ -136,16 +152,20 @@ def component_key(model: Model, part: str, options: dict[str, Any], cache: Compo
         options: How it is made.
         cache: Remembers digests.
     """
-    directory = model.path / part
-    files = [directory / "config.json", *weight_files(directory)]
     facts = {
-        "files": [cache.digest(path) for path in files],
+        "files": [cache.digest(path) for path in source_files(model, part)],
         "part": part,
         "options": options,
         "tools": {name: importlib.metadata.version(name) for name in _TOOLS},
         "code": _code(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def source_files(model: Model, part: str) -> list[Path]:
+    """The files that a component is made of."""
+    directory = model.path / part
+    return [directory / "config.json", *weight_files(directory)]
 
 
 @once

@@ -47,6 +47,8 @@ class LoweredTransformer:
     """What the first block is given, then what each block gives."""
     shared: tuple[str, ...]
     """Names of what each block is given beside: conditioning, and rotary embeddings of text and image."""
+    positions: nn.Module
+    """What the graph has in the place of the transformer's `pos_embed`."""
 
     def clone(self) -> LoweredTransformer:
         """A copy whose graph can be changed; the weights are shared."""
@@ -107,6 +109,7 @@ def lower_transformer(
         blocks=tuple(blocks),
         boundaries=tuple(boundaries),
         shared=tuple(str(value.name) for value in shared),
+        positions=transformer.pos_embed,
     )
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from toolchain.errors import ToolchainError
 
+_CHUNK = 1 << 24
+"""Bytes digested at a time: a thread beside one that computes waits for the interpreter after each."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -107,5 +109,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as stream:
+        while size := stream.readinto(buffer):
+            digest.update(buffer[:size])
+    return digest.hexdigest()
