@@ -28,7 +28,7 @@ def exported(source: Path, output: Path, **options: object) -> tuple[Model, Edge
         bits=32,
         cache=ComponentCache(output.with_name("cache")),
     )
-    return open_model(str(source)), EdgePipeline.open(output)
+    return open_model(str(source)), EdgePipeline.open(output, runtime="onnxruntime-cpu")
 
 
 def both_paint(model: Model, edge: EdgePipeline) -> tuple[np.ndarray, np.ndarray]:
