@@ -98,7 +98,7 @@ def test_run_paints_the_same_picture_for_the_same_seed(home: Path) -> None:
 def test_a_float32_bundle_paints_what_torch_paints(home: Path, student: Model, noise: np.ndarray) -> None:
     done = hptool("export", "--bits", "32", "--output", "full", cwd=home)
     assert done.returncode == 0, done.stderr
-    edge = EdgePipeline.open(home / "full")
+    edge = EdgePipeline.open(home / "full", runtime="onnxruntime-cpu")
     difference = student.paint(PROMPTS, noise).astype(int) - edge.paint(PROMPTS, noise)
     assert np.abs(difference).max() <= 2
 
