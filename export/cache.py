@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from functools import cache as once
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from deploy import bundle as format
 from export.components import Component
+from export.traces import versions
 from profiles.typed import TypedDataError, from_data
 from toolchain.artifacts import new_directory, read_json, sha256, write_json
 from toolchain.errors import ToolchainError
@@ -31,7 +29,6 @@ __all__ = ["ComponentCache", "component_key", "source_files"]
 
 _RECORD = "component.json"
 _DIGESTS = "digests.json"
-_TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 # Something a run that was killed left behind is told from what another one is making just now by its age.
 _STALE_SECONDS = 3600
 _CHUNK = 1 << 22
@@ -156,8 +153,7 @@ def component_key(model: Model, part: str, options: dict[str, Any], cache: Compo
         "files": [cache.digest(path) for path in source_files(model, part)],
         "part": part,
         "options": options,
-        "tools": {name: importlib.metadata.version(name) for name in _TOOLS},
-        "code": _code(),
+        **versions(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -166,14 +162,3 @@ def source_files(model: Model, part: str) -> list[Path]:
     """The files that a component is made of."""
     directory = model.path / part
     return [directory / "config.json", *weight_files(directory)]
-
-
-@once
-def _code() -> str:
-    """Digest of the code that makes components."""
-    digest = hashlib.sha256()
-    for package in ("export", "toolchain.families"):
-        for path in sorted(resources.files(package).iterdir(), key=lambda path: path.name):
-            if path.name.endswith(".py"):
-                digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 from export.lower import DTYPES, MICROSOFT, Activations, bind, trace, without_weights
+from export.traces import structure
 from toolchain.families.mmdit import MMDiT, Streams, TextStates, shallow_copy
 
 __all__ = ["Boundary", "LoweredTransformer", "lower_transformer"]
@@ -90,7 +91,7 @@ def lower_transformer(
     streams = [image, text]
     for block in view.blocks:
         own = torch.float32 if names[id(block)] in float32_blocks else dtype
-        if (kind := f"{own} {_kind(block)}") not in kinds:
+        if (kind := f"{own} {structure(block)}") not in kinds:
             # A copy of its own, for its type is its own.
             empty, apart = without_weights(block, own)
             kinds[kind] = _trace_block(
@@ -163,22 +164,8 @@ def _trace_block(
         ["image_out"],
         shapes[: len(inputs)],
         fused_attention=fused_attention,
+        about=[block, type(view), dtype],  # a block is given all it needs
     )
-
-
-def _kind(block: nn.Module) -> str:
-    """All of a block that a trace of it depends on: what its modules are and hold, less their weights."""
-    plain = (bool, int, float, str, tuple, frozenset, type(None))
-    facts = [
-        (
-            name,
-            type(module).__qualname__,
-            sorted((key, repr(value)) for key, value in vars(module).items() if isinstance(value, plain)),
-            [(key, tuple(value.shape)) for key, value in module.named_parameters(recurse=False)],
-        )
-        for name, module in block.named_modules()
-    ]
-    return repr(facts)
 
 
 def _boundary(streams: list[ir.Value]) -> Boundary:

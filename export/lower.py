@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from export.errors import ExportError
 from export.passes import canonicalize, is_transposed
+from export.traces import kept_trace
 
 __all__ = [
     "DTYPES",
@@ -62,8 +63,9 @@ def trace(
     shapes: tuple[dict[int, Any], ...],
     *,
     fused_attention: bool = False,
+    about: Any = None,
 ) -> ir.Model:
-    """Trace a module.
+    """Trace a module, or take what was traced of one like it.
 
     Args:
         wrapper: As `without_weights` gave it.
@@ -72,7 +74,23 @@ def trace(
         outputs: Names for what it gives.
         shapes: Which dimensions of each input are free.
         fused_attention: Whether attention becomes one operator, which onnxruntime alone knows.
+        about: What alone of the wrapper the trace hangs on; None says all of it.
     """
+    facts = [wrapper if about is None else about, inputs, outputs, shapes, fused_attention]
+    return kept_trace(
+        facts, lambda: _trace(wrapper, fake, inputs, outputs, shapes, fused_attention=fused_attention)
+    )
+
+
+def _trace(
+    wrapper: nn.Module,
+    fake: FakeTensorMode,
+    inputs: Mapping[str, torch.Tensor],
+    outputs: list[str],
+    shapes: tuple[dict[int, Any], ...],
+    *,
+    fused_attention: bool,
+) -> ir.Model:
     with fake, _quiet():
         program = torch.onnx.export(
             wrapper.eval(),

@@ -6,7 +6,7 @@ gives a transposed weight for three dimensions and a Gemm for two, and blocked q
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,12 @@ __all__ = [
     "QuantizeWeights",
     "StoreWeights",
     "StripAnnotations",
+    "as_inputs",
     "canonicalize",
     "is_transposed",
     "linear_weights",
     "parameters",
+    "set_transposed",
 ]
 
 _TRANSPOSED = "transposed"
@@ -85,6 +87,21 @@ def is_transposed(value: ir.Value) -> bool:
     return bool(value.meta.get(_TRANSPOSED, False))
 
 
+def set_transposed(value: ir.Value, *, transposed: bool) -> None:
+    """Say whether it is."""
+    value.meta[_TRANSPOSED] = transposed
+
+
+def as_inputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
+    """A copy whose initialisers of some names, which may have no values, are inputs behind its own."""
+    copy = model.clone()
+    for name in names:
+        value = copy.graph.initializers.pop(name)
+        value.const_value = None
+        copy.graph.inputs.append(value)
+    return copy
+
+
 class GemmToMatMul(passes.InPlacePass):
     """Gemm with a stored second operand becomes MatMul and Add; a transposition becomes a node of its own."""
 
@@ -126,7 +143,7 @@ class FoldTransposedWeights(passes.InPlacePass):
                 model.graph.remove(node, safe=True)
             value.shape = ir.Shape(reversed(list(value.shape or ())))
             if value.const_value is None:
-                value.meta[_TRANSPOSED] = not is_transposed(value)
+                set_transposed(value, transposed=not is_transposed(value))
             else:
                 value.const_value = _transpose(value.const_value)
             modified = True

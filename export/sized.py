@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
 from export.errors import ExportError
+from export.passes import as_inputs
 
 __all__ = ["SizedGraph", "SizedNode", "size_graph"]
 
@@ -48,7 +49,13 @@ def size_graph(model: ir.Model, sizes: Mapping[str, Sequence[int]]) -> SizedGrap
     Raises:
         ExportError: The shape of a value does not follow from those of the inputs.
     """
-    proto = _without_weights(model)
+    # The shapes of weights matter here, and their values may not be there.
+    weights = [
+        name
+        for name, value in model.graph.initializers.items()
+        if isinstance(value.const_value, (ir.ExternalTensor, ir.LazyTensor))
+    ]
+    proto = ir.to_proto(as_inputs(model, weights))
     for value in proto.graph.input:
         if value.name in sizes:
             dims = value.type.tensor_type.shape.dim
@@ -71,17 +78,6 @@ def size_graph(model: ir.Model, sizes: Mapping[str, Sequence[int]]) -> SizedGrap
         shapes=shapes,
         num_bytes={name: round(prod(shape) * widths[name]) for name, shape in shapes.items()},
     )
-
-
-def _without_weights(model: ir.Model) -> onnx.ModelProto:
-    """The graph with its weights as inputs: their shapes matter here, and their values may not be there."""
-    copy = model.clone()
-    for name, value in list(copy.graph.initializers.items()):
-        if isinstance(value.const_value, (ir.ExternalTensor, ir.LazyTensor)):
-            copy.graph.initializers.pop(name)
-            value.const_value = None
-            copy.graph.inputs.append(value)
-    return ir.to_proto(copy)
 
 
 def _dynamic_nodes(graph: onnx.GraphProto, inputs: Mapping[str, Sequence[int]]) -> tuple[SizedNode, ...]:

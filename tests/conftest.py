@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,16 @@ from toolchain.families import GenerationDefaults, Model, open_model
 from toolchain.families.view import save_model
 from toolchain.shapes.model import ShapesConfig, build_pipeline, build_tokenizer, build_vae
 from toolchain.trajectories import States, sample_states
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One for this run, which leaves the user's alone; every process that runs tests shares it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPTOOL_CACHE", str(shared / "cache"))
+        yield
 
 
 @pytest.fixture(scope="session")

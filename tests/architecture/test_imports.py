@@ -99,7 +99,8 @@ def test_export_sees_only_the_doors_of_its_neighbours() -> None:
         "deploy.choice",
         "deploy.engine",
         "deploy.errors",
-        "deploy.memory",
+        "deploy.kept",
+            "deploy.memory",
         "deploy.tiles",
     )
     graph = grimp.build_graph("toolchain", "export", "deploy", "profiles", cache_dir=None)
