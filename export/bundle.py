@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from deploy import bundle as format
 from deploy.bundle import Bundle, open_bundle
 from deploy.engine import build_memory_bytes
+from export.ahead import traced_ahead
 from export.cache import ComponentCache, component_key, source_files
 from export.calibration import GROUP_SIZE, Calibration
 from export.components import (
@@ -144,11 +145,15 @@ def export_bundle(
         importance=None if calibration is None else calibration.importance,
     )
     parts = _parts(model, precision, bar)
-    require_space(
-        _needs(model, parts, precision, num_engines(variants), cache), output=output, cache=cache.path
-    )
+    needs = _needs(model, parts, precision, num_engines(variants), cache)
+    require_space(needs, output=output, cache=cache.path)
+    new = [part.source for name, part in parts.items() if name in needs.components]
     # Reading the transformer's weights for its key takes as long as the text encoders do.
-    with ThreadPoolExecutor(1) as reading, new_directory(output) as directory:
+    with (
+        traced_ahead(model, new, half=precision.half, fused=precision.fused_attention),
+        ThreadPoolExecutor(1) as reading,
+        new_directory(output) as directory,
+    ):
         keys = {
             name: reading.submit(component_key, model, part.source, part.options, cache)
             for name, part in parts.items()

@@ -75,6 +75,9 @@ def trace(
         shapes: Which dimensions of each input are free.
         fused_attention: Whether attention becomes one operator, which onnxruntime alone knows.
         about: What alone of the wrapper the trace hangs on; None says all of it.
+
+    Raises:
+        ExportError: The module makes constants while it runs.
     """
     facts = [wrapper if about is None else about, inputs, outputs, shapes, fused_attention]
     return kept_trace(
@@ -106,10 +109,17 @@ def _trace(
         )
     assert program is not None
     model = program.model
+    named = (wrapper.named_parameters, wrapper.named_buffers)
+    known = {name for each in named for name, _ in each(remove_duplicate=False)}
     for name, value in list(model.graph.initializers.items()):
         value.const_value = None
         model.graph.initializers.pop(name)
         value.name = name.removeprefix("module.")
+        if name not in known:
+            raise ExportError(
+                f"The model makes the constant {value.name!r} while it runs, which cannot be exported. "
+                "Keep it as a buffer of the module."
+            )
         model.graph.initializers.add(value)
     with _quiet():
         canonicalize(model)
@@ -170,7 +180,7 @@ def bind(
         constants: Small buffers that the weights do not hold; they become part of the graph.
 
     Raises:
-        ExportError: An initialiser is neither a constant nor one of the weights.
+        ExportError: An initialiser is neither a constant nor one of the weights: the checkpoint lacks it.
     """
     fixed = dict(constants)
     for name, value in model.graph.initializers.items():
@@ -184,8 +194,7 @@ def bind(
             value.const_value = ir.Tensor(array.T if is_transposed(value) else array, name=name)
         else:
             raise ExportError(
-                f"The model makes the constant {name!r} while it runs, which cannot be exported. "
-                "Keep it as a buffer of the module."
+                f"The model's files lack the weight {name!r}. Download or save the model again."
             )
     return model
 

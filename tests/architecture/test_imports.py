@@ -100,7 +100,7 @@ def test_export_sees_only_the_doors_of_its_neighbours() -> None:
         "deploy.engine",
         "deploy.errors",
         "deploy.kept",
-            "deploy.memory",
+        "deploy.memory",
         "deploy.tiles",
     )
     graph = grimp.build_graph("toolchain", "export", "deploy", "profiles", cache_dir=None)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.export import Dim
 
 from export import lower
+from export.errors import ExportError
 from export.lower import trace, without_weights
 from export.traces import structure
 
@@ -94,6 +95,23 @@ def test_a_module_that_cannot_be_described_is_traced_each_time(
     assert traced == ["Linear", "Linear"]
     assert not directory.exists()
     assert "cannot be kept: it holds a ndarray" in caplog.text
+
+
+class Forgetful(nn.Module):
+    """Makes a constant while it runs, and keeps it nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x + torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+
+def test_a_constant_made_while_running_is_refused_and_not_kept(directory: Path) -> None:
+    with pytest.raises(ExportError, match=r"makes the constant 'lifted_tensor_0' while it runs"):
+        graph_of(Forgetful())
+    assert not directory.exists()
 
 
 def scaled(factor: float) -> nn.Module:

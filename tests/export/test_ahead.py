@@ -1,0 +1,42 @@
+"""What another process traces ahead is what an export would trace, and is found by it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from export import ahead, lower
+from export.ahead import traced_ahead
+from export.denoiser import lower_transformer
+from export.encoders import lower_text_encoder, lower_vae_decoder
+from toolchain.families import Model
+
+PARTS = ["text_encoder", "vae", "transformer"]
+NUM_TRACES = 1 + 1 + 3
+"""An encoder, the decoder; the transformer without blocks, a block, and the last, which ends the text."""
+
+
+def test_what_was_traced_ahead_is_not_traced_again(
+    on_disk: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HPTOOL_CACHE", str(tmp_path))
+    monkeypatch.setattr(ahead, "_WORTH", 0)
+    with traced_ahead(on_disk, PARTS, half=False, fused=True):
+        while len(list(tmp_path.glob("traces/*.onnx"))) < NUM_TRACES:
+            time.sleep(0.1)
+    monkeypatch.setattr(lower, "_trace", None)
+    lower_text_encoder(on_disk.pipeline.text_encoder, on_disk.weights("text_encoder"))
+    lower_vae_decoder(on_disk.pipeline.vae, on_disk.weights("vae"))
+    lower_transformer(on_disk.mmdit, on_disk.weights("transformer"), fused_attention=True)
+
+
+@pytest.mark.parametrize(("parts", "worth"), [(PARTS, 10**12), (PARTS[:1], 0)])
+def test_for_little_no_process_is_started(
+    on_disk: Model, monkeypatch: pytest.MonkeyPatch, parts: list[str], worth: int
+) -> None:
+    monkeypatch.setattr(ahead, "_WORTH", worth)
+    monkeypatch.setattr(ahead.subprocess, "Popen", None)
+    with traced_ahead(on_disk, parts, half=False, fused=True):
+        pass
