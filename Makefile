@@ -45,7 +45,7 @@ format: $(VENV)/.installed ## Format, and mend what can be mended.
 	$(VENV)/bin/ruff format
 
 docs: $(VENV)/.installed ## Build the documentation as a site in build/site; a broken link fails.
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 bench: $(VENV)/.installed ## Measure what half an hour allows, and write the tables in docs/ anew; goes on where it stopped.
 	$(VENV)/bin/python -m benchmarks quick
