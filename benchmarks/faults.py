@@ -242,16 +242,10 @@ def _run(command: Command, place: Path, *, fault: str | None = None, workers: in
     if fault == "NaN batch":
         program = ["-m", "benchmarks.faults", "poisoned", command.finished, "--"]
     if workers > 1:
-        launcher = (
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_machines",
-            "1",
-            "--dynamo_backend",
-            "no",
-        )
-        program = [*launcher, "--mixed_precision", "no", "--num_processes", str(workers), *program]
+        # "multi_gpu" is accelerate's name for several processes on processors, too; "cpu" starts one.
+        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port=0"]
+        launcher += ["--num_machines=1", "--dynamo_backend=no", "--mixed_precision=no"]
+        program = [*launcher, f"--num_processes={workers}", *program]
     environment = os.environ | {
         "HPTOOL_CACHE": str(place / "cache"),
         "PYTHONPATH": str(Path(__file__).parents[1]),

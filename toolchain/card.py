@@ -61,7 +61,7 @@ def write_student_card(teacher: Model, directory: Path) -> None:
     own = _metadata(teacher.path)
     values = {
         **{key: own.get(key) for key in ("license", "license_name", "license_link")},
-        "base_model": teacher.source if teacher.revision else None,
+        "base_model": teacher.repository,
         "base_model_revision": teacher.revision,
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",

@@ -262,6 +262,13 @@ def compress_model(
     """
     here = processes()
     here.first(lambda: check_new_directory(output))
+    if here.zero is not None and recipe.steps:
+        here.zero.check(
+            train_batch_size=recipe.batch_size,
+            train_micro_batch_size_per_gpu=recipe.batch_size / (here.number * recipe.accumulate),
+            gradient_accumulation_steps=recipe.accumulate,
+            gradient_clipping=Schedule.clip_norm,
+        )
     work = output.with_name(f"{output.name}.work")
     sets = prompt_sets(teacher, recipe, prompts, data)
     taught: Feed | None = None

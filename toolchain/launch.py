@@ -15,10 +15,11 @@ from pathlib import Path
 
 from toolchain.errors import ToolchainError
 from toolchain.interrupts import Stopped
+from toolchain.zero import zero_variables
 
 LOST_OTHERS = 76
 """What a process exits with when others are gone: never the cause."""
-_WAYS = ("NO", "MULTI_GPU", "FSDP")
+_WAYS = ("NO", "MULTI_GPU", "FSDP", "DEEPSPEED")
 """Whatever they are called, the latter run on processors, too, where there is no GPU."""
 _LAUNCHED, _LAST_WORDS = "HPTOOL_LAUNCHED", "TORCHELASTIC_ERROR_FILE"
 
@@ -54,9 +55,14 @@ def launch(config: Path, arguments: Sequence[str], checkpoints: Path) -> tuple[s
     os.environ[_LAUNCHED] = "1"
     given = ["--config_file", str(config), "--module", "toolchain", *arguments]
     try:
-        asked = load_config_from_file(str(config)).distributed_type
-        if asked not in _WAYS:
-            raise ValueError(f"its distributed_type is {asked}, and hptool knows {', '.join(_WAYS)}")
+        asked = load_config_from_file(str(config))
+        if asked.distributed_type not in _WAYS:
+            raise ValueError(
+                f"its distributed_type is {asked.distributed_type}, and hptool knows {', '.join(_WAYS)}"
+            )
+        if asked.distributed_type == "DEEPSPEED":
+            os.environ |= zero_variables(asked.deepspeed_config, num_machines=asked.num_machines)
+            given.insert(0, "--multi_gpu")  # accelerate's own way there is through DeepSpeed
         launch_command(launch_command_parser().parse_args(given))
     except ChildFailedError as error:
         ended = {

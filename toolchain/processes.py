@@ -15,6 +15,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from toolchain.errors import ToolchainError
+from toolchain.zero import Zero, take_zero
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,8 @@ class Processes:
     number: int = 1
     sharded: bool = False
     """Whether each is to hold a share of every weight that it trains (FSDP2) instead of all."""
+    zero: Zero | None = None
+    """What a configuration of DeepSpeed asks for, if there is one."""
     group: Any = None
     """Of `torch.distributed`, for values that are no tensors on the device; None if alone."""
 
@@ -137,16 +140,28 @@ def lost_others(error: Exception) -> bool:
 
 @cache
 def processes() -> Processes:
-    """Those of this run."""
+    """Those of this run.
+
+    Raises:
+        ToolchainError: accelerate's configuration asks for what there is not.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16"):
+        raise ToolchainError(
+            f"accelerate's configuration asks for mixed_precision {precision}; products are bfloat16 here, "
+            "whatever it says, so make that 'no'"
+        )
     if "LOCAL_RANK" not in os.environ:  # no launcher
         return Processes()
     import torch
     from accelerate import PartialState
 
+    zero = take_zero()
     state = PartialState(cpu=not torch.accelerator.is_available())
     return Processes(
         rank=state.process_index,
         number=state.num_processes,
         sharded=state.num_processes > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true",
+        zero=zero,
         group=torch.distributed.new_group(backend="gloo", timeout=_PATIENCE),
     )

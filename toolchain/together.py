@@ -6,7 +6,6 @@ weight, and a block is whole in a process only while it runs (FSDP2).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from toolchain.errors import ToolchainError
@@ -48,11 +47,6 @@ def trained_together(
     here = processes()
     if here.number == 1:
         return loss
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise ToolchainError(
-            "accelerate's configuration asks for DeepSpeed, which is not supported; FSDP2 shards as much: "
-            "distributed_type: FSDP, and fsdp_version: 2 in its fsdp_config"
-        )
     parts = nn.ModuleList([*blocks, *others])
     if not here.sharded:
         # Every process has read the same weights. The loss need not depend on all that learn.
@@ -69,15 +63,17 @@ def trained_together(
             "set fsdp_version: 2 in its fsdp_config"
         )
     mesh = init_device_mesh(here.device.type, (here.number,))
+    # On a processor there is no other memory to offload to, and torch fails when asked to.
+    offload = OffloadPolicy() if here.device.type == "cpu" else plugin.cpu_offload
     for block in blocks:
         fully_shard(
             block,
             mesh=mesh,
             reshard_after_forward=plugin.reshard_after_forward,
-            offload_policy=plugin.cpu_offload,
+            offload_policy=offload,
         )
     root = _Loss(loss, parts)
-    fully_shard(root, mesh=mesh, offload_policy=plugin.cpu_offload)
+    fully_shard(root, mesh=mesh, offload_policy=offload)
     return root
 
 

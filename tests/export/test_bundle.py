@@ -79,7 +79,7 @@ def test_the_bundle_says_where_it_came_from_and_on_what_terms(
     assert bundle.file("LICENSE").read_text() == (on_disk.path / "LICENSE").read_text()
 
     commit = "0123456789abcdef0123456789abcdef01234567"
-    snapshot = tmp_path / "snapshots" / commit
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / commit
     shutil.copytree(on_disk.path, snapshot)
     calibration = calibrate(model, ["a red circle"], tmp_path / "calibration", seed=0, bar=silent)
     found = export_bundle(

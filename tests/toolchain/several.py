@@ -45,6 +45,7 @@ FEATURES = replace(OUTPUT, losses=LossWeights(features=0.1))
 IN_PARTS = replace(FEATURES, accumulate=2, schedule=replace(OUTPUT.schedule, ema_decay=0.9))
 PREFIX = {"embedders": 0.0, "0": 0.0, "1": 0.0, "2": 0.0, "4": 1.0, "5": 0.5, "head": 1.0}
 EVERYTHING = dict.fromkeys([*"01245", "embedders", "head"], 1.0)
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 OF_FLUX = {"embedders": 0.0, "0": 0.0, "2": 1.0, "3": 1.0, "4": 1.0, "head": 1.0}
 
 
@@ -161,12 +162,13 @@ def refusals(sd3: Path) -> dict[str, str]:
         "batch": said(lambda: taught(replace(IN_PARTS, batch_size=6))),
         "normalised": said(lambda: taught(replace(OUTPUT, losses=LossWeights(normalised=True)))),
         "sharded": said(lambda: taught(OUTPUT, cache_prefix=Path("streams.safetensors"))),
-        "version": said(lambda: _as_fsdp("1", lambda: taught(OUTPUT))),
+        "version": said(lambda: _told(FSDP | {"FSDP_VERSION": "1"}, lambda: taught(OUTPUT))),
     }
 
 
-def _as_fsdp(version: str, action: Callable[[], Any]) -> Any:
-    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": version}
+def _told(variables: dict[str, str], action: Callable[[], Any]) -> Any:
+    """What comes of something where accelerate's launcher says so."""
+    os.environ |= variables
     processes.cache_clear()
     return action()
 
@@ -176,9 +178,18 @@ def main(sd3: Path, flux: Path, directory: Path) -> None:
     found = measured(sd3)
     for name, item in students(sd3, flux, directory / "replicated").items():
         found[f"replicated/{name}"] = item
-    sharded = _as_fsdp("2", lambda: students(sd3, flux, directory / "sharded", rest=False))
+    sharded = _told(FSDP, lambda: students(sd3, flux, directory / "sharded", rest=False))
     for name, item in sharded.items():
         found[f"sharded/{name}"] = item
+    model = open_model(str(sd3))
+    taught = partial(teach, model, sample_states(model, PROMPTS, seed=0, batch_size=2), IN_PARTS)
+    for stage, place in (("3", "cpu"), ("2", "none")):
+        zero = {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage,
+            "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": place,
+        }
+        found[f"zero {stage}/features, in parts, averaged"] = _told(zero, taught)
     write_json(directory / f"refusals-{here.rank}.json", refusals(sd3))
     save_file(found, directory / f"found-{here.rank}.safetensors")
 

@@ -55,19 +55,20 @@ def test_a_student_inherits_the_licence_and_names_its_teacher(tmp_path: Path) ->
         directory.mkdir()
     (teacher / "LICENSE.md").write_text("the terms")
     write(teacher, "license: other\nlicense_name: terms\nlicense_link: LICENSE.md")
-    write_student_card(SimpleNamespace(path=teacher, source="owner/name", revision=COMMIT), student)  # type: ignore[arg-type]
+    write_student_card(SimpleNamespace(path=teacher, repository="owner/name", revision=COMMIT), student)  # type: ignore[arg-type]
     card = read_card(student)
     assert (card.license, card.base_revision) == ("terms", COMMIT)
     assert "base_model: owner/name" in (student / "README.md").read_text()
     assert (student / "LICENSE.md").read_text() == "the terms"
 
 
-def test_a_model_of_the_hub_knows_its_commit(tiny_path: Path, tmp_path: Path) -> None:
+def test_a_model_of_the_hub_knows_where_it_is_from_and_its_commit(tiny_path: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "models--owner--name" / "snapshots" / COMMIT
     snapshot.parent.mkdir(parents=True)
     snapshot.symlink_to(tiny_path)
-    assert open_model(str(snapshot), precision="none").revision == COMMIT
-    assert open_model(str(tiny_path), precision="none").revision is None
+    cached, local = (open_model(str(path), precision="none") for path in (snapshot, tiny_path))
+    assert (cached.repository, cached.revision) == ("owner/name", COMMIT)
+    assert (local.repository, local.revision) == (None, None)
 
 
 def test_the_model_that_comes_with_the_tool_has_a_licence() -> None:

@@ -30,6 +30,7 @@ machine_rank: 0
 main_process_port: 0
 mixed_precision: 'no'
 """
+ZERO = TWO.replace("MULTI_GPU", "DEEPSPEED") + "deepspeed_config: {zero_stage: 2}\n"
 
 
 @contextmanager
@@ -58,7 +59,7 @@ def children(run: subprocess.Popen[str]) -> list[int]:
 def test_a_killed_process_ends_a_run_with_one_error_and_three_machines_end_it_as_one_process_does(
     tiny_path: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "two.yaml").write_text(TWO, encoding="utf-8")
+    (tmp_path / "two.yaml").write_text(ZERO, encoding="utf-8")
     (tmp_path / "prompts.txt").write_text(
         "\n".join(f"{index} squares" for index in range(20)), encoding="utf-8"
     )
@@ -78,6 +79,7 @@ def test_a_killed_process_ends_a_run_with_one_error_and_three_machines_end_it_as
     assert run.returncode == 2
     [last] = saved.rglob("step-*")
     assert said.count("error") == 1, said
+    assert said.count("note: ZeRO 2 is done by PyTorch's FSDP2") == 1, said
     assert said.splitlines()[-1] == (
         "error: process 1 was ended by SIGKILL, as the system does for want of memory, and with it the run. "
         f"{last.relative_to(tmp_path)} is the last state that was saved; once the cause is mended, the same "
@@ -117,7 +119,11 @@ def test_a_configuration_that_is_none_is_refused(tmp_path: Path) -> None:
         launch(tmp_path / "two.yaml", [], tmp_path)
     for text, said in {
         TWO.replace("num_processes", "num_proceses"): "num_proceses",
-        TWO.replace("MULTI_GPU", "DEEPSPEED"): "DEEPSPEED, and hptool knows NO, MULTI_GPU, FSDP",
+        TWO.replace(
+            "MULTI_GPU", "MEGATRON_LM"
+        ): "MEGATRON_LM, and hptool knows NO, MULTI_GPU, FSDP, DEEPSPEED",
+        ZERO.replace("zero_stage", "zero_stag"): "zero_stag",
+        ZERO.replace("2}", "2, offload_optimizer_device: nvme}"): "offload_optimizer .* to nvme",
     }.items():
         (tmp_path / "two.yaml").write_text(text, encoding="utf-8")
         with pytest.raises(ToolchainError, match=rf"accelerate cannot launch what .* asks for: .*{said}"):

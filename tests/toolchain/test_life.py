@@ -23,8 +23,10 @@ from toolchain.gate import Gate
 from toolchain.geometry import Unit
 from toolchain.history import history_from_json
 from toolchain.plan import CompressionPlan
+from toolchain.processes import Processes
 from toolchain.progress import silent
 from toolchain.rules import Budget, Options
+from toolchain.zero import Zero
 
 RECIPE = Recipe(
     decision=Decision(rule="random", budget=Budget(ratio=0.4), options=Options(seed=1), prompts=2),
@@ -236,4 +238,14 @@ def test_a_tracker_that_is_not_to_be_had_is_refused_before_any_work(
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(ToolchainError, match=message):
         run("student", trackers=(name,))
+    assert list(Path().iterdir()) == []
+
+
+def test_a_configuration_of_deepspeed_that_says_otherwise_is_refused_before_any_work(
+    run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zero = Zero(stage=2, offload=False, numbers={"train_micro_batch_size_per_gpu": 4})
+    monkeypatch.setattr(compress, "processes", lambda: Processes(zero=zero))
+    with pytest.raises(ToolchainError, match="says train_micro_batch_size_per_gpu 4, and this run has 2"):
+        run("student", replace(RECIPE, accumulate=2))
     assert list(Path().iterdir()) == []

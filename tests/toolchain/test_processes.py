@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from toolchain.artifacts import read_json
 from toolchain.errors import ToolchainError
-from toolchain.processes import use_device
+from toolchain.processes import processes, use_device
 
 SEVERAL = Path(__file__).parent / "several.py"
 REPOSITORY = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def test_an_analysis_of_several_finds_what_one_finds(findings: Findings) -> None
 def test_several_teach_the_student_that_one_teaches(findings: Findings) -> None:
     alone, together = findings
     ways = {name: name.partition("/")[2] for name in together[0] if "/" in name}
-    assert len(ways) == 14
+    assert len(ways) == 16
     for name, own in ways.items():
         assert torch.equal(together[0][name], together[1][name]), name
         off = together[0][name] - alone[own]
@@ -92,6 +92,13 @@ def test_several_that_were_stopped_end_as_if_they_had_not_been(findings: Finding
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ToolchainError, match="the device 'cuda:7' cannot be used"):
         use_device("cuda:7")
+
+
+def test_products_of_another_precision_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    processes.cache_clear()
+    with pytest.raises(ToolchainError, match="asks for mixed_precision fp16; products are bfloat16 here"):
+        processes()
 
 
 def test_what_one_refuses_all_refuse(findings: Findings, directory: Path) -> None:

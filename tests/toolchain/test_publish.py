@@ -25,7 +25,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def students(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two: `blocks` lost one, `components` lost less; their teacher is on the hub and has terms."""
     directory = tmp_path_factory.mktemp("students")
-    teacher = directory / "hub" / "snapshots" / COMMIT
+    teacher = directory / "models--maker--original" / "snapshots" / COMMIT
     shutil.copytree(tiny_path, teacher)
     (teacher / "LICENSE.md").write_text("the terms")
     write_card(teacher, license="other", license_name="terms", license_link="LICENSE.md")
@@ -78,6 +78,8 @@ def test_the_card_names_base_licence_and_what_was_done(students: Path) -> None:
     assert made.data.license == "other"
     assert made.data.to_dict()["license_name"] == "terms"
     assert made.data.to_dict()["base_model_revision"] == COMMIT
+    assert made.data.base_model == "maker/original"
+    assert "[maker/original](https://huggingface.co/maker/original), made smaller" in made.text
     assert "![What was removed" in made.text
     assert "(plan.png)" in made.text
     assert "terms, see [LICENSE.md](LICENSE.md)" in made.text

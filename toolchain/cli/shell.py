@@ -31,7 +31,7 @@ from toolchain.artifacts import is_full
 from toolchain.errors import ToolchainError
 from toolchain.interrupts import Stopped, stoppable
 from toolchain.launch import LOST_OTHERS, leave_last_words
-from toolchain.processes import lost_others, processes
+from toolchain.processes import Processes, lost_others, processes
 from toolchain.progress import Bar
 
 app = typer.Typer(
@@ -92,9 +92,12 @@ def main() -> None:
     # What these libraries advise is meant for who calls them, and of no use to who types a command.
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    here = processes()
-    console.quiet = not here.is_first
+    here = Processes()
     try:
+        here = processes()
+        console.quiet = not here.is_first
+        if here.zero is not None:
+            console.print(f"note: {here.zero}", soft_wrap=True)
         app()
     except (ToolchainError, ExportError, DeployError, ProfileError) as error:
         fail(str(error))
@@ -123,7 +126,9 @@ def print_(what: Any) -> None:
 
 
 def fail(message: str, code: int = 2) -> None:
-    if not leave_last_words(message) and processes().is_first:
+    # By what the launcher said, for a process may be refused before it knows the others.
+    rank = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"
+    if not leave_last_words(message) and rank == "0":
         sys.stderr.write(f"error: {message}\n" if code == 2 else f"{message}\n")
     sys.exit(code)
 

@@ -109,9 +109,17 @@ class Model:
     """What its text encoders made of some prompts before; None if nothing."""
 
     @property
+    def repository(self) -> str | None:
+        """Where on the hub the files are from, as owner/name; None for a model from elsewhere."""
+        folder, inside = self.path.parent.parent.name, self.path.parent.name
+        if inside != "snapshots" or not folder.startswith("models--"):
+            return None
+        return folder.removeprefix("models--").replace("--", "/")
+
+    @property
     def revision(self) -> str | None:
-        """Commit of the repository on the hub that the files are of; None for a model from elsewhere."""
-        return self.path.name if self.path.parent.name == "snapshots" else None
+        """Commit of that repository which the files are of."""
+        return self.path.name if self.repository else None
 
     @property
     def mmdit(self) -> MMDiT:
