@@ -20,7 +20,7 @@ from toolchain.checkpoints import Checkpoints
 from toolchain.data.feed import Feed, open_feed
 from toolchain.data.shards import Precomputed
 from toolchain.data.sources import read_prompts
-from toolchain.distill import DistillRecipe, InTurn, distill_
+from toolchain.distill import DistillRecipe, InTurn, check_shares, distill_
 from toolchain.errors import ToolchainError
 from toolchain.families.view import Model, save_model
 from toolchain.gate import Gate
@@ -262,6 +262,9 @@ def compress_model(
     """
     here = processes()
     here.first(lambda: check_new_directory(output))
+    if recipe.steps:
+        rests = recipe.cache_prefix or recipe.turn is not None
+        check_shares(_lessons(recipe), recipe.batch_size, rests=rests)
     if here.zero is not None and recipe.steps:
         here.zero.check(
             train_batch_size=recipe.batch_size,
@@ -375,6 +378,25 @@ def compress_model(
     return outcome
 
 
+def _lessons(recipe: Recipe) -> DistillRecipe:
+    schedule = Schedule(
+        steps=recipe.steps,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=int(recipe.warmup * recipe.steps),
+        cooldown=recipe.cooldown,
+        ema_decay=recipe.ema_decay,
+        checkpoint_every=recipe.checkpoint_every,
+    )
+    return DistillRecipe(
+        schedule=schedule,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        losses=recipe.losses,
+        checkpointing=recipe.checkpointing,
+        accumulate=recipe.accumulate,
+    )
+
+
 def _distil(
     teacher: Model,
     student: Model,
@@ -388,14 +410,7 @@ def _distil(
     bar: Bar,
 ) -> tuple[int, History | None, Stage]:
     """Distil a student, and have it be the best that it was."""
-    schedule = Schedule(
-        steps=recipe.steps,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=int(recipe.warmup * recipe.steps),
-        cooldown=recipe.cooldown,
-        ema_decay=recipe.ema_decay,
-        checkpoint_every=recipe.checkpoint_every,
-    )
+    lessons = _lessons(recipe)
     checkpoints = Checkpoints(directory=place / "checkpoints", keep=recipe.keep)
     here = processes()
     log = HistoryLog(place / "history.jsonl") if here.is_first else None
@@ -403,7 +418,7 @@ def _distil(
         student=student,
         judge=judge,
         gate=recipe.gate,
-        schedule=schedule,
+        schedule=lessons.schedule,
         batch_size=recipe.batch_size,
         num_pictures=recipe.pictures,
         log=log,
@@ -421,14 +436,7 @@ def _distil(
             student,
             plan,
             taught,
-            DistillRecipe(
-                schedule=schedule,
-                batch_size=recipe.batch_size,
-                seed=recipe.seed,
-                losses=recipe.losses,
-                checkpointing=recipe.checkpointing,
-                accumulate=recipe.accumulate,
-            ),
+            lessons,
             cache_prefix=place / "prefix.safetensors" if recipe.cache_prefix else None,
             in_turn=None if recipe.turn is None else InTurn(steps=recipe.turn, directory=place),
             checkpoints=checkpoints,

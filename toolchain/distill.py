@@ -137,14 +137,11 @@ def distill_(
         )
     if in_turn is not None and in_turn.steps < 1:
         raise ToolchainError(f"a turn is {in_turn.steps} steps long; it is at least 1")
-    _check_shares(recipe, len(states.rows(recipe.seed, 0, recipe.batch_size)))
+    rests = cache_prefix is not None or in_turn is not None
+    check_shares(recipe, len(states.rows(recipe.seed, 0, recipe.batch_size)), rests=rests)
     whole_lesson = lesson = Lesson(teacher.mmdit, student.mmdit, plan, recipe)
     resting: list[torch.Tensor] = []
-    if cache_prefix is not None or in_turn is not None:
-        if processes().sharded:
-            raise ToolchainError(
-                "weights that are sharded (FSDP) do not rest: leave cache_prefix and in_turn out"
-            )
+    if rests:
         resting = lesson.teachers_own(prefix_only=cache_prefix is not None and recipe.losses.features > 0)
     answer: Callable[[int, Batch], Answer] | None = None
 
@@ -450,8 +447,22 @@ def _with_own_parameters(view: MMDiT) -> MMDiT:
     return type(view)(transformer, guidance_scale=view.guidance_scale, vae_scale_factor=view.vae_scale_factor)
 
 
-def _check_shares(recipe: DistillRecipe, size: int) -> None:
+def check_shares(recipe: DistillRecipe, size: int, *, rests: bool) -> None:
+    """Refuse what several processes, or parts of a batch, cannot do.
+
+    Args:
+        recipe: What is learned, and how.
+        size: Of a batch.
+        rests: Whether weights leave memory meanwhile.
+
+    Raises:
+        ToolchainError: There is such a thing.
+    """
     here = processes()
+    if rests and here.sharded:
+        raise ToolchainError(
+            "weights that are sharded (FSDP) do not rest: leave cache_prefix and in_turn out"
+        )
     shares = here.number * recipe.accumulate
     if size % shares:
         raise ToolchainError(

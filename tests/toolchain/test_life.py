@@ -241,6 +241,26 @@ def test_a_tracker_that_is_not_to_be_had_is_refused_before_any_work(
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("recipe", "alike", "message"),
+    [
+        (replace(RECIPE, accumulate=3), Processes(), "4 states does not fall into 3 equal shares"),
+        (replace(RECIPE, turn=2), Processes(number=2, sharded=True), "sharded .* do not rest"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused_before_any_work(
+    run: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: Recipe,
+    alike: Processes,
+    message: str,
+) -> None:
+    monkeypatch.setattr(distill, "processes", lambda: alike)
+    with pytest.raises(ToolchainError, match=message):
+        run("student", recipe)
+    assert list(Path().iterdir()) == []
+
+
 def test_a_configuration_of_deepspeed_that_says_otherwise_is_refused_before_any_work(
     run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
