@@ -58,10 +58,21 @@ class Command:
     """Pattern of the file whose end is cut off for a broken shard."""
     together: bool
     """Whether several processes share it."""
+    starts: bool
+    """Whether it starts them itself; else accelerate does."""
     batches: bool
     """Whether it computes with batches that could hold what is no number."""
 
 
+_TWO = """compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+num_machines: 1
+num_processes: {workers}
+machine_rank: 0
+main_process_port: 0
+mixed_precision: 'no'
+"""
+"""accelerate's name for several processes, on processors, too."""
 _FEW = ("--num-prompts", "2")
 COMMANDS = {
     "analyze": Command(
@@ -71,6 +82,7 @@ COMMANDS = {
         called="pieces",
         reads="model/transformer/*.safetensors",
         together=True,
+        starts=False,
         batches=True,
     ),
     "precompute": Command(
@@ -80,6 +92,7 @@ COMMANDS = {
         called="shards",
         reads="pictures/00002.tar",
         together=False,
+        starts=False,
         batches=True,
     ),
     "compress": Command(
@@ -92,6 +105,7 @@ COMMANDS = {
         called="checkpoint",
         reads="data/*.safetensors",
         together=True,
+        starts=True,
         batches=True,
     ),
     "export": Command(
@@ -101,6 +115,7 @@ COMMANDS = {
         called="parts",
         reads="model/transformer/*.safetensors",
         together=False,
+        starts=False,
         batches=False,
     ),
 }
@@ -241,7 +256,10 @@ def _run(command: Command, place: Path, *, fault: str | None = None, workers: in
     program = ["-m", "toolchain"]
     if fault == "NaN batch":
         program = ["-m", "benchmarks.faults", "poisoned", command.finished, "--"]
-    if workers > 1:
+    if workers > 1 and command.starts:
+        (place / "two.yaml").write_text(_TWO.format(workers=workers), encoding="utf-8")
+        words += ["--accelerate-config", "two.yaml"]
+    elif workers > 1:
         # "multi_gpu" is accelerate's name for several processes on processors, too; "cpu" starts one.
         launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port=0"]
         launcher += ["--num_machines=1", "--dynamo_backend=no", "--mixed_precision=no"]
@@ -267,8 +285,10 @@ def _run(command: Command, place: Path, *, fault: str | None = None, workers: in
                 _DISTURBANCES[fault](process)
         status = process.wait()
         errors.seek(0)
-        lines = [line.strip() for line in errors.read().splitlines() if line.strip()]
-    return status, lines[-1].replace(str(place), "") if lines else ""
+        lines = [line.strip() for line in errors.read().splitlines() if line.strip(" =-")]
+    # accelerate's launcher says more behind it.
+    said = [line for line in lines if line.startswith("error:")] or lines or [""]
+    return status, said[-1].replace(str(place), "")
 
 
 def _fill_disk(process: subprocess.Popen[bytes]) -> None:
