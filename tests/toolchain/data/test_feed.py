@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.toolchain.data.conftest import folder, picture
+from toolchain.analysis import velocity_errors
 from toolchain.checkpoints import Checkpoints
 from toolchain.data.feed import Feed, open_feed
 from toolchain.data.precompute import Settings, precompute
@@ -209,6 +210,19 @@ def test_the_teacher_answers_where_its_velocities_are_not_known(
     known = replace(batch, velocities=velocity)
     torch.testing.assert_close(lesson.loss(batch, answer), lesson.loss(known, lesson.ask([known])[0]))
     assert lesson.ask([known])[0].velocities is None
+
+
+def test_pictures_teach_what_the_student_is_judged_by(
+    tiny: Model, pictures: Precomputed, plan: CompressionPlan
+) -> None:
+    """States of the teacher's sampling. Were noise of its last step not drawn, a third would be left."""
+    states = sample_states(tiny, ["a red square", "a blue square", "a green square"], seed=1)
+    student = prune(tiny, plan, share_prefix=True)
+    before = velocity_errors(student.mmdit, states).mean()
+    schedule = Schedule(steps=60, learning_rate=1e-3, warmup_steps=10, cooldown=0.7)
+    recipe = replace(RECIPE, batch_size=8, schedule=schedule)
+    distill_(tiny, student, plan, open_feed(pictures, tiny), recipe)
+    assert velocity_errors(student.mmdit, states).mean() < before / 4
 
 
 def test_taking_turns_teaches_the_same_of_pictures(
