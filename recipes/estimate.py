@@ -93,6 +93,8 @@ def estimate(recipe: Recipe) -> Estimate:
         "inner_width": model.inner_width,
         "features": recipe.features > 0,
         "frozen_bytes": 2 if recipe.precision == "stored" else 4,
+        # The average lies beside the two moments.
+        "moment_bytes": 8 if recipe.ema is None else 12,
         "checkpointing": recipe.checkpointing,
     }
     memory = {mode: memory_arithmetic(plan, mode=mode, **options) for mode in get_args(Mode)}

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from profiles.typed import from_data
 from toolchain.errors import ToolchainError
+from toolchain.gate import parse_gate
 from toolchain.geometry import Semantics
 from toolchain.plan import RuleName, StrengthMode
 
@@ -61,6 +62,10 @@ class Recipe:
     """Whether the outputs of the frozen beginning are kept on disk."""
     turn: int | None = None
     """Steps after which teacher and student take turns in memory; left out, both stay."""
+    ema: float | None = None
+    """Decay of the averaged weights the student is made of; left out, it is made of the last ones."""
+    gate: str | None = None
+    """What the student has to be worth, as in velocity<=0.02."""
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
     """Where a setting is from, or why it is so, by the name of its field."""
 
@@ -78,6 +83,10 @@ class Recipe:
                 raise ToolchainError(f"{field} must be a number above zero, not {value}")
         if not 0 <= self.features < float("inf"):
             raise ToolchainError(f"features must be a number from zero up, not {self.features}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ToolchainError(f"ema must be a number between zero and one, not {self.ema}")
+        if self.gate is not None:
+            parse_gate(self.gate)
         if unknown := sorted(self.sources.keys() - {field.name for field in dataclasses.fields(self)}):
             raise ToolchainError(f"sources names {', '.join(unknown)}, which a recipe does not have")
 

@@ -115,6 +115,11 @@ def test_weights_in_32_bits_take_twice_as_much(tmp_path: Path, own: Estimate) ->
     assert wide.memory["shared"].prefix == 2 * own.memory["shared"].prefix
 
 
+def test_averaged_weights_take_what_a_moment_takes(tmp_path: Path, own: Estimate) -> None:
+    averaged = estimate(load(tmp_path, f"{OWN}ema = 0.999")).memory["shared"]
+    assert averaged.moments * 2 == own.memory["shared"].moments * 3
+
+
 def test_every_setting_is_an_option_of_the_command() -> None:
     about = {"name", "description", "assumes", "sources"}
     settings = {field.name for field in dataclasses.fields(Recipe)} - about
@@ -138,6 +143,8 @@ def test_what_is_not_said_is_left_to_the_command(tmp_path: Path) -> None:
         ("steps = 10", "step = 10", "unknown key 'step'"),
         ("steps = 10", "", "missing key 'steps'"),
         ("features = 0", "features = nan", "features must be a number from zero up"),
+        ("steps = 10", "steps = 10\nema = 1", "ema must be a number between zero and one, not 1"),
+        ("steps = 10", "steps = 10\ngate = 'velocity>=1'", "velocity is better the smaller it is"),
         ('rule = "hpp"', 'rule = "best"', "rule must be 'hpp' or"),
         ('name = "own"', 'name = "other"', "is named 'other' inside"),
         ('name = "own"', "name = ", "own.toml cannot be used"),

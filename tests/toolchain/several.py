@@ -19,6 +19,10 @@ from safetensors.torch import save_file
 from toolchain.analysis import Rescorer, analyze, velocity_errors
 from toolchain.artifacts import write_json
 from toolchain.checkpoints import Checkpoints
+from toolchain.data.feed import Feed, open_feed
+from toolchain.data.precompute import Settings, precompute
+from toolchain.data.shards import open_precomputed
+from toolchain.data.sources import open_source
 from toolchain.distill import DistillRecipe, InTurn, distill_
 from toolchain.errors import ToolchainError
 from toolchain.evaluate import evaluate_shapes
@@ -29,8 +33,9 @@ from toolchain.metrics.velocity import Velocity
 from toolchain.optimize import Schedule
 from toolchain.plan import CompressionPlan
 from toolchain.processes import processes
+from toolchain.progress import silent
 from toolchain.prune import prune
-from toolchain.trajectories import States, sample_states
+from toolchain.trajectories import sample_states
 
 Found = dict[str, torch.Tensor]
 
@@ -60,7 +65,7 @@ def stop(step: int, loss: float) -> None:
 
 def teach(
     teacher: Model,
-    states: States,
+    states: Feed,
     recipe: DistillRecipe,
     *,
     removed: str = "3",
@@ -80,6 +85,11 @@ def teach(
     student = prune(teacher, plan, share_prefix=True)
     distill_(teacher, student, plan, states, recipe, **options)
     return torch.cat([item.detach().float().flatten() for item in student.pipeline.transformer.parameters()])
+
+
+def pictures(sd3: Path, source: Path, output: Path) -> None:
+    """What the trainings on pictures read."""
+    precompute(open_model(str(sd3)), open_source(source), output, Settings(dtype="float32"), bar=silent)
 
 
 def begin(sd3: Path, checkpoints: Path) -> None:
@@ -121,11 +131,13 @@ def students(sd3: Path, flux: Path, directory: Path, *, rest: bool = True) -> Fo
     model, other = open_model(str(sd3)), open_model(str(flux), precision="stored")
     taught = partial(teach, model, sample_states(model, PROMPTS, seed=0, batch_size=2))
     of_flux = sample_states(other, PROMPTS[:2], seed=0)
+    pictures = open_feed(open_precomputed(directory.parent / "pictures"), model)
     bfloat16 = replace(FEATURES, batch_size=2, precision="bfloat16")
     found = {
         "nothing": taught(OUTPUT),
         "features, in parts, averaged": taught(IN_PARTS),
         "nothing frozen, recomputed": taught(replace(FEATURES, checkpointing=True), strength=EVERYTHING),
+        "pictures, in parts": teach(model, pictures, replace(OUTPUT, accumulate=2)),
         "16 bits": teach(other, of_flux, bfloat16, removed="1", strength=OF_FLUX),
         "resumed": taught(OUTPUT, checkpoints=begun(taught, directory / "own")),
         "begun by one": taught(OUTPUT, checkpoints=Checkpoints(directory=directory / "begun")),

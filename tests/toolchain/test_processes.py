@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.toolchain.data.conftest import folder, picture
 from toolchain.artifacts import read_json
 from toolchain.errors import ToolchainError
 from toolchain.processes import processes, use_device
@@ -52,6 +53,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def findings(tiny_path: Path, tiny_flux_path: Path, directory: Path) -> Findings:
     """Of one process, and of each of two."""
     several: dict[str, Any] = runpy.run_path(str(SEVERAL))
+    files = {f"{color}.png": picture(color) for color in ("red", "green", "blue", "black", "pink")}
+    source = folder(directory / "source", files, {name: f"a {name}" for name in files})
+    several["pictures"](tiny_path, source, directory / "pictures")
     for way in ("alone", "replicated", "sharded"):
         several["begin"](tiny_path, directory / way / "begun")
     script = (SEVERAL, tiny_path, tiny_flux_path, directory)
@@ -73,7 +77,7 @@ def test_an_analysis_of_several_finds_what_one_finds(findings: Findings) -> None
 def test_several_teach_the_student_that_one_teaches(findings: Findings) -> None:
     alone, together = findings
     ways = {name: name.partition("/")[2] for name in together[0] if "/" in name}
-    assert len(ways) == 16
+    assert len(ways) == 18
     for name, own in ways.items():
         assert torch.equal(together[0][name], together[1][name]), name
         off = together[0][name] - alone[own]

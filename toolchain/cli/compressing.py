@@ -433,6 +433,9 @@ def precompute(
     dtype: Annotated[
         Literal["bfloat16", "float32"], typer.Option(help="Of what is written; float32 takes twice the disk.")
     ] = "bfloat16",
+    one_size: Annotated[
+        bool, typer.Option(help="Cut all pictures to the model's own size, for one that knows no other.")
+    ] = False,
     lora: Lora = None,
     precision: WeightsIn = "float32",
     device: Device = None,
@@ -451,10 +454,9 @@ def precompute(
     check_new_directory(output)
     source = open_source(data)
     opened = _open(model, precision, lora)
+    settings = Settings(batch_size=batch_size, dtype=dtype, seed=seed, one_size=one_size)
     with bars() as bar:
-        index = encode(
-            opened, source, output, Settings(batch_size=batch_size, dtype=dtype, seed=seed), bar=bar
-        )
+        index = encode(opened, source, output, settings, bar=bar)
     emit(index_to_json(index), as_json, lambda: _show_precomputed(index, output))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -47,8 +46,6 @@ class Feed(Protocol):
         """
 
 
-_LEVELS = 1000
-"""Of noise that a picture can be given, as many as models are trained with."""
 _EMPTY_SHARE = 0.1
 """Of captions that are left out, where guidance compares with the empty one; as models are trained."""
 
@@ -125,13 +122,13 @@ class _Pictures:
         members = (torch.nonzero(self._pairs[:, 0] == which)[:, 0] for which in sizes)
         self._members = [item for item in members if len(item)]
         self._guided = model.guided
-        self._timesteps = [_levels(model, rows[torch.tensor([0])].shape[2:]) for rows in self._latents]
+        self._steps = [_steps(model, rows[torch.tensor([0])].shape[2:]) for rows in self._latents]
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def digest(self) -> str:
-        return digest([self._pairs, *self._timesteps]) + self._data.digest()
+        return digest([self._pairs, *self._steps]) + self._data.digest()
 
     def rows(self, seed: int, step: int, size: int) -> torch.Tensor:
         rng = np.random.default_rng((seed, step))
@@ -147,11 +144,11 @@ class _Pictures:
         which, captions = int(pairs[0, 0]), pairs[:, 2].clone()
         clean = self._latents[which][pairs[:, 1]].float()
         noise, timesteps = torch.empty_like(clean), torch.empty(len(rows))
+        steps = self._steps[which]
         for place, row in enumerate(rows.tolist()):
             rng = np.random.default_rng((*draw, row))
-            # Logit-normal: levels in the middle come up most, where there is most to learn.
-            level = int(_LEVELS / (1 + math.exp(rng.standard_normal())))
-            timesteps[place] = self._timesteps[which][min(level, _LEVELS - 1)]
+            # Each as often as the sampler takes it, the ends too: what is never taught there gets worse.
+            timesteps[place] = steps[rng.integers(len(steps))]
             noise[place] = torch.from_numpy(rng.standard_normal(clean[place].shape, dtype=np.float32))
             if self._guided and rng.random() < _EMPTY_SHARE:
                 captions[place] = 0
@@ -159,9 +156,9 @@ class _Pictures:
         return torch.lerp(clean, noise, share), timesteps, self._data.texts.index(captions), None
 
 
-def _levels(model: Model, size: Sequence[int]) -> torch.Tensor:
-    """Timesteps of a long sampling in this size, so that noise is shifted as the model's scheduler does."""
+def _steps(model: Model, size: Sequence[int]) -> torch.Tensor:
+    """Timesteps of the model's own sampling in a size."""
     scheduler = type(model.pipeline.scheduler).from_config(model.pipeline.scheduler.config)
-    model.mmdit.set_timesteps(scheduler, _LEVELS, *size)
+    model.mmdit.set_timesteps(scheduler, model.defaults.num_inference_steps, *size)
     timesteps: torch.Tensor = scheduler.timesteps
     return timesteps

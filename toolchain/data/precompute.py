@@ -55,6 +55,9 @@ class Settings:
     """Of tensors on disk. In bfloat16 they lose what products of a training in bfloat16 lose anyway."""
     seed: int = 0
     """Of the noise that prompts are painted from."""
+    one_size: bool = False
+    """Whether every picture is cut to the model's own size, whatever its proportions: for a model that was
+    trained in no other. What its velocity is in others is nothing to learn."""
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.shard_rows) < 1 or self.seed < 0:
@@ -292,6 +295,8 @@ def _write_latents(
         multiple=factor * model.mmdit.patch_size,
         longest=factor * model.mmdit.max_latent_size,
     )
+    if settings.one_size:
+        buckets = buckets[:1]
     places: dict[str, tuple[Size, int]] = {}
     for path in work.paths("latents"):
         tensors, notes = read_shard(path)

@@ -80,6 +80,12 @@ def test_latents_and_text_are_those_of_the_pipeline(tiny: Model, pictures: Path,
     assert made.texts.encode(["unknown"]) is None
 
 
+def test_a_model_of_one_size_gets_every_picture_in_it(tiny: Model, pictures: Path, tmp_path: Path) -> None:
+    pairs, latents = make(tiny, pictures, tmp_path / "out", replace(SMALL, one_size=True)).pairs()
+    assert [rows.whole().shape[2:] for rows in latents] == [(8, 8)]
+    assert sorted(set(pairs[:, 1].tolist())) == [*range(8)]
+
+
 def test_prompts_become_states_of_the_models_own_sampling(tiny: Model, tmp_path: Path) -> None:
     """A prompt that is there twice is painted twice and encoded once."""
     (tmp_path / "p.txt").write_text("a cat\na dog\na cat\n")
