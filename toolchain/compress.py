@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from toolchain.analysis import Rescorer, analyze, fingerprint, magnitudes, num_units
 from toolchain.artifacts import check_new_directory, new_directory, read_json, sha256, write_json
@@ -49,7 +50,7 @@ from toolchain.prune import check_plan, prune
 from toolchain.rules import Budget, Options, build_plan, check_budget, format_units
 from toolchain.shapes.world import captions
 from toolchain.trackers import Tracker
-from toolchain.trajectories import States, sample_states
+from toolchain.trajectories import States, sample_states, state_bytes
 from toolchain.tries import Tries, Try
 from toolchain.watch import PICTURES, Watch
 
@@ -274,6 +275,7 @@ def compress_model(
         )
     work = output.with_name(f"{output.name}.work")
     sets = prompt_sets(teacher, recipe, prompts, data)
+    _require_memory(teacher, len(sets.taught))
     taught: Feed | None = None
     if data is not None:
         taught = open_feed(data, teacher, without=sets.judged)
@@ -534,6 +536,16 @@ def prompt_sets(
         analysed=rest[:few],
         taught=[rest[index % len(rest)] for index in range(num_taught)],
     )
+
+
+def _require_memory(teacher: Model, num_taught: int) -> None:
+    needed, free = state_bytes(teacher, num_taught), psutil.virtual_memory().available
+    if needed > free:
+        raise ToolchainError(
+            f"the states of {num_taught:,} paintings to distil on take {needed / 1e9:.1f} GB of memory while "
+            f"they are made, and {free / 1e9:.1f} are free; have them on disk: hptool precompute MODEL "
+            "PROMPTS.txt --output DIR, and --data DIR here. Or take fewer --steps, or a smaller --batch-size"
+        )
 
 
 def analysis_prompts(model: Model, path: Path | None, number: int, *, seed: int) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import numpy as np
@@ -91,6 +92,15 @@ class States:
         return latents, timesteps, text if device is None else text.to(device), velocities
 
 
+def state_bytes(model: Model, num_prompts: int) -> int:
+    """Of memory that `sample_states` takes for so many prompts: for what it gives, and again to order it."""
+    config, defaults = model.mmdit.transformer.config, model.defaults
+    rows = num_prompts * defaults.num_inference_steps * (2 if model.guided else 1)
+    tokens = model.mmdit.num_text_tokens(model.pipeline, defaults.max_sequence_length)
+    text: int = (num_prompts + 1) * (tokens * config.joint_attention_dim + config.pooled_projection_dim)
+    return 2 * rows * (2 * 4 * prod(model.latent_shape) + 4 + 8) + 4 * text
+
+
 @torch.no_grad()
 def sample_states(
     model: Model,
@@ -153,8 +163,10 @@ def sample_states(
                     on_step()
     if not all(torch.isfinite(predicted).all() for _, _, predicted, _ in parts):
         raise ToolchainError(f"{model.source} gives velocities that are not finite: its weights are damaged")
-    columns = (torch.cat(items) for items in zip(*parts, strict=True))
-    all_latents, timesteps, velocities, prompt_index = columns
+    all_latents, timesteps, velocities, prompt_index = (
+        torch.cat(items) for items in zip(*parts, strict=True)
+    )
+    parts.clear()
     copies = 2 if guided else 1
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(all_latents) // copies))
     order = (copies * order[:, None] + torch.arange(copies)).flatten()

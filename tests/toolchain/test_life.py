@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -258,6 +259,15 @@ def test_what_several_processes_cannot_do_is_refused_before_any_work(
     monkeypatch.setattr(distill, "processes", lambda: alike)
     with pytest.raises(ToolchainError, match=message):
         run("student", recipe)
+    assert list(Path().iterdir()) == []
+
+
+def test_states_that_do_not_fit_into_memory_are_refused_before_any_work(
+    run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compress.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(ToolchainError, match=r"states of 4 paintings .* hptool precompute .* --data DIR"):
+        run("student")
     assert list(Path().iterdir()) == []
 
 

@@ -22,7 +22,7 @@ from toolchain.families import GenerationDefaults, Model, open_model
 from toolchain.families.names import stored_names
 from toolchain.families.stored import StoredTensors
 from toolchain.families.view import save_model
-from toolchain.trajectories import States, sample_states
+from toolchain.trajectories import States, sample_states, state_bytes
 
 
 def test_a_name_that_is_no_model_is_refused(tmp_path: Path) -> None:
@@ -402,3 +402,10 @@ def test_a_model_without_its_weights_has_them_all_on_disk(tiny_path: Path) -> No
         read, held = empty.weights(part), whole.weights(part)
         assert read.keys() == held.keys()
         assert all(torch.equal(read[name].float(), held[name].float()) for name in held)
+
+
+def test_the_memory_that_states_take_is_known_before_they_are_made(tiny: Model) -> None:
+    states = sample_states(tiny, ["a red circle", "two squares"], seed=0)
+    rows = (states.latents, states.timesteps, states.velocities, states.prompt_index)
+    text = states.text.tokens_BTJ.nbytes + states.text.pooled_BP.nbytes
+    assert state_bytes(tiny, 2) == 2 * sum(item.nbytes for item in rows) + text
