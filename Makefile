@@ -28,7 +28,7 @@ demo: $(VENV)/.installed ## Compress the built-in model, export it for four targ
 	TRANSFORMERS_VERBOSITY=error $(VENV)/bin/python -m benchmarks.demo
 
 test: $(VENV)/.installed ## Run every test, then check the edge in an environment without PyTorch.
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest --quiet -rs --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest --quiet -rs --numprocesses auto --dist loadfile --no-loadscope-reorder
 	@$(MAKE) --no-print-directory test-edge
 
 test-edge: $(EDGE_VENV)/.installed ## Check that a device needs the `edge` extra alone; paints with the bundle of `make demo`, if any.

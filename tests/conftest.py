@@ -25,6 +25,14 @@ from toolchain.shapes.model import ShapesConfig, build_pipeline, build_tokenizer
 from toolchain.trajectories import States, sample_states
 
 
+_LONG = ("test_end_to_end.py", "test_launch.py", "test_processes.py", "test_damaged.py", "test_bundle.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first, or one process would be at the last of them alone."""
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One for this run, which leaves the user's alone; every process that runs tests shares it."""
