@@ -192,6 +192,12 @@ def _make_bundle(_: Path, path: Path) -> None:
     _run([sys.executable, "-m", "toolchain", "export", "shapes", "-o", str(path)])
 
 
+def _make_calibrated(scratch: Path, path: Path) -> None:
+    known = str(scratch / "calibration")
+    _run([sys.executable, "-m", "toolchain", "calibrate", "shapes", "-o", known])
+    _run([sys.executable, "-m", "toolchain", "export", "shapes", "--calibration", known, "-o", str(path)])
+
+
 def _make_ordinary(_: Path, path: Path) -> None:
     from toolchain.families.view import built_in_path
 
@@ -334,12 +340,12 @@ def _onnx(graph: Path) -> tuple[Take, int]:
 _NUMPY = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
 
 
-def _ours(scratch: Path, runtime: str) -> tuple[Take, int]:
+def _ours(path: Path, runtime: str) -> tuple[Take, int]:
     from deploy.bundle import open_bundle
     from deploy.kept import cache_directory
     from deploy.session import open_variant
 
-    bundle = open_bundle(scratch / "bundle", verify=False)
+    bundle = open_bundle(path, verify=False)
     variant = next(item for item in bundle.manifest.variants if item.runtime == runtime)
     run = open_variant(bundle, variant, cache=cache_directory()).run
     files = ("transformer/model.onnx", "transformer/weights.data")
@@ -350,6 +356,7 @@ def _ours(scratch: Path, runtime: str) -> tuple[Take, int]:
 MAKE: dict[str, Callable[[Path, Path], None]] = {
     "states.safetensors": _make_states,
     "bundle": _make_bundle,
+    "calibrated": _make_calibrated,
     "ordinary": _make_ordinary,
     "libraries": _make_libraries,
     "optimum": _make_optimum,
@@ -374,8 +381,12 @@ WAYS: dict[str, tuple[str | None, Callable[[Path], tuple[Take, int]]]] = {
         "ordinary",
         lambda at: _onnx(at / "ordinary/model.onnx"),
     ),
-    "hptool, INT4, onnxruntime": ("bundle", lambda at: _ours(at, "onnxruntime-cpu")),
-    "hptool, INT4, OpenVINO": ("bundle", lambda at: _ours(at, "openvino")),
+    "hptool, INT4, onnxruntime": ("bundle", lambda at: _ours(at / "bundle", "onnxruntime-cpu")),
+    "hptool, INT4, OpenVINO": ("bundle", lambda at: _ours(at / "bundle", "openvino")),
+    "hptool, INT4 with --calibration, onnxruntime": (
+        "calibrated",
+        lambda at: _ours(at / "calibrated", "onnxruntime-cpu"),
+    ),
 }
 """What each way needs from MAKE, and how it opens the transformer."""
 

@@ -24,7 +24,6 @@ from toolchain.families.view import save_model
 from toolchain.shapes.model import ShapesConfig, build_pipeline, build_tokenizer, build_vae
 from toolchain.trajectories import States, sample_states
 
-
 _LONG = ("test_end_to_end.py", "test_launch.py", "test_processes.py", "test_damaged.py", "test_bundle.py")
 
 
