@@ -18,6 +18,7 @@ import onnxruntime
 import pytest
 import tokenizers
 import torch
+from blake3 import blake3
 
 from deploy.bundle import Bundle, Graph, Variant
 from export import bundle as bundle_module
@@ -30,7 +31,7 @@ from export.denoiser import LoweredTransformer
 from export.errors import ExportError
 from export.quantize import QuantReport
 from profiles.schema import Profile, load_profile
-from toolchain.artifacts import sha256
+from toolchain.artifacts import Digest, file_digest
 from toolchain.families import Model
 from toolchain.progress import silent
 
@@ -273,15 +274,15 @@ def test_the_transformer_is_digested_while_encoders_are_made(
 ) -> None:
     made = threading.Event()
 
-    def digest(path: Path) -> str:
+    def digest(path: Path, algorithm: Digest) -> str:
         assert path.parent.name != "transformer" or made.wait(60)
-        return sha256(path)
+        return file_digest(path, algorithm)
 
     def stopped(*_: Any) -> None:
         made.set()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache_module, "sha256", digest)
+    monkeypatch.setattr(cache_module, "file_digest", digest)
     monkeypatch.setattr(bundle_module, "export_text_encoder", stopped)
     own = ComponentCache(tmp_path / "cache")
     with pytest.raises(KeyboardInterrupt):
@@ -293,11 +294,11 @@ def test_a_digest_is_remembered_until_the_file_changes(tmp_path: Path) -> None:
     own, file = ComponentCache(tmp_path / "cache"), tmp_path / "file"
     file.write_bytes(b"weights")
     assert not own.remembers([file])
-    assert own.digest(file) == hashlib.sha256(b"weights").hexdigest()
+    assert own.digest(file) == blake3(b"weights").hexdigest()
     assert own.remembers([file])
     file.write_bytes(b"others")
     assert not own.remembers([file])
-    assert own.digest(file) == hashlib.sha256(b"others").hexdigest()
+    assert own.digest(file) == blake3(b"others").hexdigest()
 
 
 def test_a_damaged_cache_is_not_believed(on_disk: Model, tmp_path: Path, cache: ComponentCache) -> None:
