@@ -230,6 +230,8 @@ def streamed(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator
         yield
     finally:
         remove_hook_from_module(module, recurse=True)
+        for each in module.modules():
+            vars(each).pop("forward", None)  # its class's own, which accelerate leaves in its place
 
 
 def encode_prompts(model: Model, prompts: list[str]) -> TextStates:

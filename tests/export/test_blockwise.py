@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from export import blockwise
-from export.blockwise import draw_states, encode_prompts, loud_blocks
+from export.blockwise import draw_states, encode_prompts, loud_blocks, streamed
 from export.denoiser import lower_transformer
+from export.traces import structure
 from toolchain.families import Model
 
 
@@ -73,3 +74,11 @@ def test_states_of_a_large_model_are_small(on_disk: Model, monkeypatch: pytest.M
     states = draw_states(on_disk, (16, 5))
     shapes = {(state.shape["batch"], state.shape["tokens"]) for state in states}
     assert shapes == {(1, 8), (2, 5), (2, 8), (1, 5)}
+
+
+def test_a_module_that_was_streamed_is_what_it_was(on_disk: Model) -> None:
+    encoder = on_disk.pipeline.text_encoder
+    before = structure(encoder)
+    with streamed(encoder, on_disk.weights("text_encoder")):
+        assert structure(encoder) != before
+    assert structure(encoder) == before

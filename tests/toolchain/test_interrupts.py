@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from toolchain.interrupts import Stopped, held, stoppable
+
+
+@pytest.fixture(autouse=True)
+def _usual() -> Iterator[None]:
+    """Signals do what they do in a terminal; a shell has those ignored that it starts in the background."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
