@@ -1,6 +1,6 @@
 """What an export has to trace, traced by a second process from the other end: one alone keeps one core busy.
 
-python -m export.ahead MODEL PART [--half] [--fused]
+That process is `python -m export.ahead MODEL PART ... [--half] [--fused]`.
 """
 
 from __future__ import annotations

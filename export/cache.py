@@ -22,7 +22,7 @@ from deploy import bundle as format
 from export.components import Component
 from export.traces import versions
 from profiles.typed import TypedDataError, from_data
-from toolchain.artifacts import file_digest, new_directory, read_json, write_json
+from toolchain.artifacts import file_digest, new_directory, read_json, sha256, write_json
 from toolchain.errors import ToolchainError
 from toolchain.families import Model
 from toolchain.families.stored import weight_files
@@ -64,15 +64,16 @@ class ComponentCache:
                 shutil.rmtree(left, ignore_errors=True)
         with new_directory(entry) as directory:
             component = make(directory)
-            destination.mkdir()
             files = {
-                path.name: format.File(
-                    sha256=_copy_file(path, destination / path.name), bytes=path.stat().st_size
-                )
+                path.name: format.File(sha256=sha256(path), bytes=path.stat().st_size)
                 for path in sorted(directory.iterdir())
             }
             record = {name: dataclasses.asdict(file) for name, file in files.items()}
             write_json(directory / _RECORD, {"files": record, "component": dataclasses.asdict(component)})
+        # Kept by now, should the other disk be full; without a second digest of what was digested just now.
+        destination.mkdir()
+        for name in files:
+            shutil.copyfile(entry / name, destination / name)
         return component, files
 
     def holds(self, key: str) -> bool:

@@ -138,7 +138,12 @@ def _describe(item: Any, seen: dict[int, tuple[int, Any]]) -> Any:
         return sorted(json.dumps(tell(value)) for value in item)
     if isinstance(item, types.FunctionType):
         bound = [cell.cell_contents for cell in item.__closure__ or ()]
-        return [item.__module__, item.__qualname__, _source(item), tell([item.__defaults__, bound])]
+        return [
+            item.__module__,
+            item.__qualname__,
+            _source(item),
+            tell([item.__defaults__, item.__kwdefaults__, bound]),
+        ]
     if isinstance(item, types.MethodType):
         return tell([item.__func__, item.__self__])
     if isinstance(item, partial):

@@ -275,9 +275,10 @@ def compress_model(
         )
     work = output.with_name(f"{output.name}.work")
     sets = prompt_sets(teacher, recipe, prompts, data)
-    _require_memory(teacher, len(sets.taught))
     taught: Feed | None = None
-    if data is not None:
+    if data is None:
+        _require_memory(teacher, len(sets.taught))
+    else:
         taught = open_feed(data, teacher, without=sets.judged)
         teacher = replace(teacher, texts=data.texts)
     settings = _settings(teacher, recipe.decision, sets, analysis, plan)
