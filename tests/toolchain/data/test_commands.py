@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.toolchain.data.conftest import folder, picture
-from toolchain import cli
+from toolchain import cli, compress
 from toolchain.families import open_model
 
 
@@ -33,6 +34,17 @@ def pictures(here: Path) -> str:
     files = {f"{n}.png": picture("red", (8 + n, 8)) for n in range(8)}
     folder(here / "set", {**files, "broken.png": b"junk"}, {name: f"a {name}" for name in files})
     return "set"
+
+
+def test_data_on_disk_is_not_asked_to_fit_into_memory(
+    tiny_path: Path, pictures: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hptool(monkeypatch, "precompute", str(tiny_path), pictures, "-o", "data") == 0
+    Path("prompts.txt").write_text("".join(f"a red circle {number}\n" for number in range(8)))
+    monkeypatch.setattr(compress.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    options = ("--num-prompts", "2", "--steps", "1", "--per-task", "0", "--prompts", "prompts.txt")
+    assert hptool(monkeypatch, "compress", str(tiny_path), *options, "-o", "one") == 2
+    assert hptool(monkeypatch, "compress", str(tiny_path), *options, "--data", "data", "-o", "two") == 0
 
 
 @pytest.mark.parametrize("family", ["tiny_path", "tiny_flux_path"])
