@@ -1,7 +1,7 @@
 """Loops over a weight that numpy would make many passes over memory for, compiled when they first run.
 
-Each keeps to numpy's order of sums and rounds where numpy does, so the results are the same to the bit.
-Blocks are [groups, group size, N], scales [groups, N].
+Each keeps to numpy's order of sums and rounds where numpy does, so what is stored is the same to the bit.
+Blocks are [groups, group size, N], scales [groups, N], those to try [count, groups, N].
 """
 
 from __future__ import annotations
@@ -10,28 +10,33 @@ from typing import Any
 
 import numba
 import numpy as np
+from numba.core.codegen import get_host_cpu_features
 
 __all__ = [
     "choose_scales",
-    "largest",
     "pack_pairs",
-    "products",
     "round_values",
     "scale_values",
+    "scales_to_try",
+    "to_half",
     "widen",
+    "widen_rows",
 ]
 
 Array = np.ndarray[Any, Any]
 
+# As in NNCF; float16 has smaller ones, so that a part of it is not rounded to 0.
+_LEAST_SCALE = np.finfo(np.float32).eps
+_LEAST_HALF = np.float32(2.0**-24)
+_LEAST_NORMAL_HALF = np.float32(2.0**-14)
+_GREATEST_HALF = np.float32(65504)
 
+
+# LLVM uses half of a vector of 512 bits, since processors that are gone slowed down with whole ones.
+if "+avx512f" in (features := get_host_cpu_features()).split(","):  # type: ignore[no-untyped-call]
+    numba.config.CPU_FEATURES = f"{features},-prefer-256-bit"  # type: ignore[attr-defined]
 # Other threads go on meanwhile; dividing by zero gives an infinity.
-_compiled = numba.njit(nogil=True, error_model="numpy")
-
-
-@_compiled
-def _nearest(value: np.float32, scale: np.float32, low: np.float32, high: np.float32) -> np.float32:
-    # Not times the inverse: halves would fall to the other side than NNCF's.
-    return min(max(np.rint(value / scale), low), high)
+_compiled = numba.njit(nogil=True, error_model="numpy", cache=True)
 
 
 @_compiled
@@ -47,20 +52,70 @@ def widen(bits: Array, out: Array) -> None:
 
 
 @_compiled
-def largest(block: Array, out: Array) -> None:
-    """Find the largest magnitude in each group."""
-    out[:] = 0
-    for group in range(block.shape[0]):
-        for row in range(block.shape[1]):
-            for column in range(block.shape[2]):
-                out[group, column] = max(out[group, column], abs(block[group, row, column]))
+def widen_rows(words: Array, out: Array) -> None:
+    """Make float32 [K, N] of the bits of bfloat16 that lie four to a word [K / 4, N]."""
+    rows, columns = words.shape
+    halves = out.view(np.uint32)
+    upper = np.uint32(0xFFFF0000)
+    for start in range(0, columns, 16):
+        for row in range(rows):
+            for column in range(start, min(start + 16, columns)):
+                word = words[row, column]
+                first, second = np.uint32(word), np.uint32(word >> np.uint64(32))
+                halves[4 * row, column] = first << np.uint32(16)
+                halves[4 * row + 1, column] = first & upper
+                halves[4 * row + 2, column] = second << np.uint32(16)
+                halves[4 * row + 3, column] = second & upper
+
+
+@_compiled
+def scales_to_try(
+    block: Array,
+    importance: Array,
+    factors: Array,
+    mend: bool,
+    low: np.float32,
+    high: np.float32,
+    tried: Array,
+) -> None:
+    """Multiply the scales at which a group's largest weight is just within `low` with some factors.
+
+    Where it is asked for, each is followed by what least squares makes of it, for the values it rounds to.
+    """
+    groups, size, columns = block.shape
+    unit = np.empty(columns, dtype=np.float32)
+    squares, mixed = np.empty_like(unit), np.empty_like(unit)
+    for group in range(groups):
+        unit[:] = 0
+        for row in range(size):
+            for column in range(columns):
+                unit[column] = max(unit[column], abs(block[group, row, column]))
+        for index in range(len(factors)):
+            scale = tried[2 * index if mend else index, group]
+            for column in range(columns):
+                scale[column] = max(unit[column] / -low, _LEAST_SCALE) * factors[index]
+            to_half(scale)
+            if mend:
+                squares[:] = 0
+                mixed[:] = 0
+                for row in range(size):
+                    values, weight = block[group, row], importance[group, row]
+                    for column in range(columns):
+                        nearest = _nearest(values[column] / scale[column], low, high)
+                        squares[column] += nearest * nearest * weight
+                        mixed[column] += nearest * values[column] * weight
+                mended = tried[2 * index + 1, group]
+                for column in range(columns):
+                    best = mixed[column] / squares[column] if squares[column] > 0 else scale[column]
+                    mended[column] = max(best, _LEAST_SCALE)
+                to_half(mended)
 
 
 @_compiled
 def choose_scales(
     block: Array,
-    scales: Array,
     importance: Array,
+    tried: Array,
     low: np.float32,
     high: np.float32,
     chosen: Array,
@@ -68,63 +123,62 @@ def choose_scales(
 ) -> None:
     """Choose the first of the scales of each group with the least sum of squared errors, weighed.
 
-    Both are infinite where every sum is so or NaN.
+    Both are infinite where every sum is so or NaN. Values are multiplied by a scale's inverse, which takes
+    half the time of dividing: one halfway between two integers is as far from either.
     """
+    groups, size, columns = block.shape
     chosen[:] = np.inf
     least[:] = np.inf
-    error = np.empty(block.shape[2], dtype=np.float32)
-    for group in range(block.shape[0]):
-        for index in range(len(scales)):
-            scale = scales[index, group]
+    inverse, error = np.empty(columns, dtype=np.float32), np.empty(columns, dtype=np.float32)
+    for group in range(groups):
+        for index in range(len(tried)):
+            scale = tried[index, group]
             error[:] = 0
-            for row in range(block.shape[1]):
+            for column in range(columns):
+                inverse[column] = np.float32(1) / scale[column]
+            for row in range(size):
                 values, weight = block[group, row], importance[group, row]
-                for column in range(len(values)):
-                    nearest = _nearest(values[column], scale[column], low, high)
+                for column in range(columns):
+                    nearest = _nearest(values[column] * inverse[column], low, high)
                     difference = nearest * scale[column] - values[column]
                     error[column] += difference * difference * weight
-            for column in range(len(error)):
+            for column in range(columns):
                 if error[column] < least[group, column]:
                     least[group, column] = error[column]
                     chosen[group, column] = scale[column]
 
 
 @_compiled
-def products(
-    block: Array,
-    scales: Array,
-    importance: Array,
-    low: np.float32,
-    high: np.float32,
-    squares: Array,
-    mixed: Array,
-) -> None:
-    """Sum the squares of what each scale rounds to, and its products with the weights, weighed likewise."""
-    squares[:] = 0
-    mixed[:] = 0
-    for group in range(block.shape[0]):
-        for index in range(len(scales)):
-            scale = scales[index, group]
-            square, mix = squares[index, group], mixed[index, group]
-            for row in range(block.shape[1]):
-                values, weight = block[group, row], importance[group, row]
-                for column in range(len(values)):
-                    nearest = _nearest(values[column], scale[column], low, high)
-                    square[column] += nearest * nearest * weight
-                    mix[column] += nearest * values[column] * weight
-
-
-@_compiled
 def round_values(
-    block: Array, scale: Array, low: np.float32, high: np.float32, mask: np.int8, out: Array
+    block: Array, scales: Array, low: np.float32, high: np.float32, mask: np.int8, out: Array
 ) -> None:
     """Round a block with its scales to integers [groups * group size, N]; the mask says which bits stay."""
     groups, size, columns = block.shape
     for group in range(groups):
         for row in range(size):
             for column in range(columns):
-                nearest = _nearest(block[group, row, column], scale[group, column], low, high)
+                # Not times the inverse: halves would fall to the other side than NNCF's.
+                nearest = _nearest(block[group, row, column] / scales[group, column], low, high)
                 out[group * size + row, column] = np.int8(nearest) & mask
+
+
+@_compiled
+def _nearest(quotient: np.float32, low: np.float32, high: np.float32) -> np.float32:
+    return min(max(np.rint(quotient), low), high)
+
+
+@_compiled
+def to_half(values: Array) -> None:
+    """Round positive float32 to numbers of float16, in place; numpy takes ten times as long."""
+    bits = values.view(np.uint32)
+    for index in range(len(values)):
+        if values[index] < _LEAST_NORMAL_HALF:
+            values[index] = np.rint(values[index] / _LEAST_HALF) * _LEAST_HALF
+        else:
+            odd = (bits[index] >> np.uint32(13)) & np.uint32(1)
+            bits[index] = (bits[index] + np.uint32(0xFFF) + odd) & np.uint32(0xFFFFE000)
+            if values[index] > _GREATEST_HALF:
+                values[index] = np.inf
 
 
 @_compiled

@@ -48,9 +48,6 @@ _BLOCK = 1 << 17
 # torch keeps, so many runs of weights are read side by side.
 _COLUMNS = 256
 
-# As in NNCF; float16 has smaller ones, so that a part of it is not rounded to 0.
-_LEAST_SCALE = np.finfo(np.float32).eps
-
 # Below this share of the mean importance an input counts as if it had this share: a group of inputs that were
 # never seen would else have no error to choose by.
 _LEAST_IMPORTANCE = 1e-4
@@ -148,48 +145,26 @@ def _quantize_stripe(
     together = max(1, _BLOCK // (group_size * columns))
     loaded = np.empty((together, group_size, columns), dtype=np.float32)
     mask = np.int8(0x0F if bits == 4 else -1)  # ml_dtypes keeps an int4 in the lower half of a byte
+    factors = np.array((_FACTORS if importance is None else _AWARE_FACTORS)[bits], dtype=np.float32)
+    mend = importance is not None
+    if importance is None:
+        importance = np.ones(len(weight), dtype=np.float32)
+    tried = np.empty((len(factors) * (1 + mend), together, columns), dtype=np.float32)
+    least = np.empty((together, columns), dtype=np.float32)
     total = 0.0
     for start in range(0, len(scales), together):
         groups = slice(start, min(start + together, len(scales)))
         rows = slice(groups.start * group_size, groups.stop * group_size)
-        block = loaded[: groups.stop - groups.start]
+        count = groups.stop - groups.start
+        block, weighed = loaded[:count], importance[rows].reshape(-1, group_size)
         _load(weight[rows, stripe], block.reshape(-1, columns))
-        weighed = None if importance is None else importance[rows].reshape(-1, group_size)
-        scale, error = _choose_scale(block, weighed, bits)
+        scale = np.empty((count, columns), dtype=np.float32)
+        kernels.scales_to_try(block, weighed, factors, mend, *_range(bits), tried)
+        kernels.choose_scales(block, weighed, tried, *_range(bits), scale, least)
         kernels.round_values(block, scale, *_range(bits), mask, values[rows, stripe])
         scales[groups, stripe] = scale
-        total += error
+        total += float(least[:count].sum(dtype=np.float64))
     return total
-
-
-def _choose_scale(block: Array, importance: Array | None, bits: IntBits) -> tuple[Array, float]:
-    """The best scale [groups, N] of each group of a block, as float32, and the error left with it."""
-    magnitude = np.empty((len(block), block.shape[2]), dtype=np.float32)
-    kernels.largest(block, magnitude)
-    magnitude /= np.float32(2.0 ** (bits - 1))
-    np.maximum(magnitude, _LEAST_SCALE, out=magnitude)
-    factors = (_FACTORS if importance is None else _AWARE_FACTORS)[bits]
-    scales = _as_stored(magnitude * np.array(factors, dtype=np.float32)[:, None, None])
-    weighed = np.ones(block.shape[:2], dtype=np.float32) if importance is None else importance
-    if importance is not None:
-        mended = _as_stored(_least_squares(block, scales, weighed, bits))
-        scales = np.stack([scales, mended], axis=1).reshape(-1, *magnitude.shape)
-    scale, error = np.empty_like(magnitude), np.empty_like(magnitude)
-    kernels.choose_scales(block, scales, weighed, *_range(bits), scale, error)
-    return scale, float(error.sum(dtype=np.float64))
-
-
-def _least_squares(block: Array, scales: Array, importance: Array, bits: IntBits) -> Array:
-    """The scales that are best for values which others give; those where they are all 0."""
-    squares, mixed = np.empty_like(scales), np.empty_like(scales)
-    kernels.products(block, scales, importance, *_range(bits), squares, mixed)
-    mended: Array = np.divide(mixed, squares, out=scales.copy(), where=squares > 0)
-    np.maximum(mended, _LEAST_SCALE, out=mended)
-    return mended
-
-
-def _as_stored(scale: Array) -> Array:
-    return scale.astype(np.float16).astype(np.float32)
 
 
 def _range(bits: IntBits) -> tuple[np.float32, np.float32]:
@@ -197,8 +172,11 @@ def _range(bits: IntBits) -> tuple[np.float32, np.float32]:
 
 
 def _load(part: Array, out: Array) -> None:
-    if part.dtype == ml_dtypes.bfloat16:
-        kernels.widen(part.view(np.uint16), out)  # numpy would convert it value by value
+    if part.dtype == ml_dtypes.bfloat16:  # numpy would convert it value by value
+        if part.strides[0] == part.itemsize and len(part) % 4 == 0:
+            kernels.widen_rows(part.T.view(np.uint64).T, out)
+        else:
+            kernels.widen(part.view(np.uint16), out)
     else:
         np.copyto(out, part)
 

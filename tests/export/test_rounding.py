@@ -16,6 +16,7 @@ from nncf.quantization.algorithms.weight_compression.weight_lowering import (
 )
 from nncf.tensor import Tensor
 
+from export import kernels
 from export.errors import ExportError
 from export.rounding import IntBits, dequantize, pack, quantize_matrix
 
@@ -133,6 +134,17 @@ def test_a_group_without_a_scale_says_so_by_an_infinite_one(worst: float) -> Non
     weight[5, 1] = worst
     rounded = quantize_matrix(weight, bits=4, group_size=32)
     assert np.isfinite(rounded.scales).tolist() == [[True, False], [True, True]]
+
+
+def test_scales_become_the_halves_that_numpy_makes_of_them() -> None:
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    middles = (halves[:-1] + halves[1:]) / 2
+    near = [np.nextafter(middles, np.float32(way), dtype=np.float32) for way in (0, np.inf)]
+    values = np.concatenate([halves, middles, *near, np.float32([65519, 65520, 1e6, np.inf])])
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16).astype(np.float32)
+    kernels.to_half(values)
+    np.testing.assert_array_equal(values, expected)
 
 
 @pytest.mark.parametrize("size", [1, 6, 7, (1 << 18) + 1])
