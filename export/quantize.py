@@ -220,7 +220,7 @@ def _as_numpy(tensor: torch.Tensor) -> NDArray[Any]:
     return array
 
 
-def _typed(values: NDArray[Any], name: str) -> ir.TensorProtocol:
+def _typed(values: NDArray[Any], name: str) -> ir.Tensor[Any] | ir.PackedTensor[Any]:
     if values.dtype == np.int8:
         return ir.Tensor(values, name=name)
     return ir.PackedTensor(pack(values), ir.DataType.INT4, shape=ir.Shape(values.shape), name=name)
