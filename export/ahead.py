@@ -1,30 +1,34 @@
-"""What an export has to trace, traced by a second process from the other end: one alone keeps one core busy.
-
-That process is `python -m export.ahead MODEL PART ... [--half] [--fused]`.
-"""
+"""What an export has to trace, traced by a second process from the other end: one alone takes one core."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+import gc
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.sharedctypes import Synchronized
 
 from export.denoiser import lower_transformer
 from export.encoders import lower_text_encoder, lower_vae_decoder
-from toolchain.families import Model, open_model
+from toolchain.families import Model
 
 __all__ = ["traced_ahead"]
 
 _WORTH = 100_000_000
-"""Parameters of a transformer: a smaller model is traced before another process has imported all it takes."""
+"""Parameters of a transformer: a smaller model is traced almost before another process has begun."""
 
 
 @contextmanager
-def traced_ahead(model: Model, parts: Sequence[str], *, half: bool, fused: bool) -> Iterator[None]:
+def traced_ahead(
+    model: Model, parts: Sequence[str], *, half: bool, fused: bool
+) -> Iterator[Callable[[str], None]]:
     """Have another process trace parts of a model, and keep the traces for whoever needs them.
 
-    It says nothing and nobody waits for it: what fails there is traced again here, and is told here.
+    What this gives is told of each part that is begun here, and the other process ends where it meets one.
+
+    It says nothing and nobody waits for it: what fails there is traced again here, and is told here. It is
+    forked, since importing all that it takes would keep it from the half of its work.
 
     Args:
         model: On disk.
@@ -33,20 +37,33 @@ def traced_ahead(model: Model, parts: Sequence[str], *, half: bool, fused: bool)
         fused: Whether attention is one operator in the latter.
     """
     if len(parts) < 2 or model.num_parameters < _WORTH:
-        yield
+        yield lambda _: None
         return
-    options = [name for name, wanted in (("--half", half), ("--fused", fused)) if wanted]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "export.ahead", str(model.path), *reversed(parts), *options],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    context = multiprocessing.get_context("fork")
+    begun = context.Value("i", 0)
+    process = context.Process(target=_trace_all, args=(model, parts, begun, half, fused), daemon=True)
+    process.start()
+
+    def begin(part: str) -> None:
+        if part in parts:
+            begun.value = parts.index(part) + 1
+
     try:
-        yield
+        yield begin
     finally:
         process.kill()
-        process.wait()
+        process.join()
+
+
+def _trace_all(model: Model, parts: Sequence[str], begun: Synchronized[int], half: bool, fused: bool) -> None:
+    gc.freeze()  # the threads of sessions that lie in the garbage are not here to be ended
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nowhere, stream)
+    for index in reversed(range(len(parts))):
+        if index < begun.value:
+            break
+        _trace(model, parts[index], half=half, fused=fused)
 
 
 def _trace(model: Model, part: str, *, half: bool, fused: bool) -> None:
@@ -59,10 +76,3 @@ def _trace(model: Model, part: str, *, half: bool, fused: bool) -> None:
         lower_vae_decoder(model.pipeline.vae, weights)
     else:
         lower_text_encoder(getattr(model.pipeline, part), weights)
-
-
-if __name__ == "__main__":
-    path, *names = (item for item in sys.argv[1:] if not item.startswith("--"))
-    opened = open_model(path, precision="none")
-    for name in names:
-        _trace(opened, name, half="--half" in sys.argv, fused="--fused" in sys.argv)

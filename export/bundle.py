@@ -6,7 +6,6 @@ import dataclasses
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -149,19 +148,18 @@ def export_bundle(
     require_space(needs, output=output, cache=cache.path)
     new = [part.source for name, part in parts.items() if name in needs.components]
     # Reading the transformer's weights for its key takes as long as the text encoders do.
+    sources = [path for part in parts.values() for path in source_files(model, part.source)]
     with (
-        traced_ahead(model, new, half=precision.half, fused=precision.fused_attention),
-        ThreadPoolExecutor(1) as reading,
+        traced_ahead(model, new, half=precision.half, fused=precision.fused_attention) as begin,
+        cache.digests.ahead(sources),
         new_directory(output) as directory,
     ):
-        keys = {
-            name: reading.submit(component_key, model, part.source, part.options, cache)
-            for name, part in parts.items()
-        }
         components: dict[str, Component] = {}
         files: dict[str, format.File] = {}
         for name, part in parts.items():
-            components[name], written = cache.get(keys[name].result(), part.make, directory / name)
+            begin(part.source)
+            key = component_key(model, part.source, part.options, cache)
+            components[name], written = cache.get(key, part.make, directory / name)
             files |= {f"{name}/{path}": file for path, file in written.items()}
         tokenizers = {
             name: export_tokenizer(model, name, directory)
@@ -252,7 +250,7 @@ def _needs(
     held = {
         name
         for name, part in parts.items()
-        if cache.remembers(source_files(model, part.source))
+        if cache.digests.remembers(source_files(model, part.source))
         and cache.holds(component_key(model, part.source, part.options, cache))
     }
     building = 0

@@ -12,17 +12,17 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
 from deploy import bundle as format
 from export.components import Component
+from export.digests import FileDigests
 from export.traces import versions
 from profiles.typed import TypedDataError, from_data
-from toolchain.artifacts import file_digest, new_directory, read_json, sha256, write_json
+from toolchain.artifacts import new_directory, read_json, sha256, write_json
 from toolchain.errors import ToolchainError
 from toolchain.families import Model
 from toolchain.families.stored import weight_files
@@ -30,19 +30,23 @@ from toolchain.families.stored import weight_files
 __all__ = ["ComponentCache", "component_key", "source_files"]
 
 _RECORD = "component.json"
-_DIGESTS = "blake3.json"
-"""Of checkpoints' files, which nobody else reads: BLAKE3 takes a quarter of SHA-256's time."""
 # Something a run that was killed left behind is told from what another one is making just now by its age.
 _STALE_SECONDS = 3600
 _CHUNK = 1 << 22
 """Bytes of a file that are copied at a time."""
 
 
-@dataclasses.dataclass(frozen=True)
 class ComponentCache:
-    """A directory of finished components."""
+    """A directory of finished components.
 
-    path: Path
+    Args:
+        path: The directory.
+        digests: Of the files that components are made of; by default they are remembered there too.
+    """
+
+    def __init__(self, path: Path, digests: FileDigests | None = None) -> None:
+        self.path = path
+        self.digests = digests or FileDigests(path)
 
     def get(
         self, key: str, make: Callable[[Path], Component], destination: Path
@@ -62,47 +66,22 @@ class ComponentCache:
         for left in entry.parent.glob(f".{entry.name}.*"):
             if time.time() - left.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
-        with new_directory(entry) as directory:
+        with new_directory(entry) as directory, ThreadPoolExecutor(1) as beside:
             component = make(directory)
+            copied = beside.submit(_copy_files, directory, destination)
             files = {
                 path.name: format.File(sha256=sha256(path), bytes=path.stat().st_size)
                 for path in sorted(directory.iterdir())
             }
+            copied.exception()
             record = {name: dataclasses.asdict(file) for name, file in files.items()}
             write_json(directory / _RECORD, {"files": record, "component": dataclasses.asdict(component)})
-        # Kept by now, should the other disk be full; without a second digest of what was digested just now.
-        destination.mkdir()
-        for name in files:
-            shutil.copyfile(entry / name, destination / name)
+        copied.result()  # kept by now, should the other disk be full
         return component, files
 
     def holds(self, key: str) -> bool:
         """Whether a component is there."""
         return (self._entry(key) / _RECORD).exists()
-
-    def digest(self, path: Path) -> str:
-        """Digest of a file, computed once for as long as its size and time of change stay what they are.
-
-        One thread at a time may ask.
-        """
-        if (remembered := self._remembered(path)) is not None:
-            return remembered
-        mark, found = _mark(path), file_digest(path, blake3())
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / _DIGESTS, self._digests() | {str(path.resolve()): [*mark, found]})
-        return found
-
-    def remembers(self, paths: Iterable[Path]) -> bool:
-        """Whether files need not be read for their digests."""
-        return all(self._remembered(path) is not None for path in paths)
-
-    def _remembered(self, path: Path) -> str | None:
-        *mark, digest = self._digests().get(str(path.resolve()), [None])
-        return digest if mark == _mark(path) else None
-
-    def _digests(self) -> dict[str, Any]:
-        memory = self.path / _DIGESTS
-        return read_json(memory) if memory.exists() else {}
 
     def _entry(self, key: str) -> Path:
         return self.path / "components" / key
@@ -129,9 +108,10 @@ class ComponentCache:
         return None
 
 
-def _mark(path: Path) -> list[int]:
-    state = path.stat()
-    return [state.st_size, state.st_mtime_ns]
+def _copy_files(source: Path, destination: Path) -> None:
+    destination.mkdir()
+    for path in source.iterdir():
+        shutil.copyfile(path, destination / path.name)
 
 
 def _copy_file(source: Path, destination: Path) -> str:
@@ -154,7 +134,7 @@ def component_key(model: Model, part: str, options: dict[str, Any], cache: Compo
         cache: Remembers digests.
     """
     facts = {
-        "files": [cache.digest(path) for path in source_files(model, part)],
+        "files": [cache.digests.digest(path) for path in source_files(model, part)],
         "part": part,
         "options": options,
         **versions(),

@@ -10,23 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from toolchain.errors import ToolchainError
 
-_CHUNK = 1 << 24
-"""Bytes digested at a time: a thread beside one that computes waits for the interpreter after each."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-class Digest(Protocol):
-    """As those of hashlib."""
-
-    def update(self, data: memoryview, /) -> object:
-        """Take in more."""
-
-    def hexdigest(self) -> str:
-        """Of all that was taken in."""
 
 
 @contextmanager
@@ -119,13 +107,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
-    return file_digest(path, hashlib.sha256())
-
-
-def file_digest(path: Path, digest: Digest) -> str:
-    """Hex digest of a file's content, by an algorithm of choice."""
-    buffer = memoryview(bytearray(_CHUNK))
-    with path.open("rb", buffering=0) as stream:
-        while size := stream.readinto(buffer):
-            digest.update(buffer[:size])
-    return digest.hexdigest()
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -38,6 +38,6 @@ def test_for_little_no_process_is_started(
     on_disk: Model, monkeypatch: pytest.MonkeyPatch, parts: list[str], worth: int
 ) -> None:
     monkeypatch.setattr(ahead, "_WORTH", worth)
-    monkeypatch.setattr(ahead.subprocess, "Popen", None)
+    monkeypatch.setattr(ahead.multiprocessing, "get_context", None)
     with traced_ahead(on_disk, parts, half=False, fused=True):
         pass

@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import shutil
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,20 +17,17 @@ import onnxruntime
 import pytest
 import tokenizers
 import torch
-from blake3 import blake3
 
 from deploy.bundle import Bundle, Graph, Variant
 from export import bundle as bundle_module
-from export import cache as cache_module
 from export import components, space
 from export.bundle import export_bundle
-from export.cache import ComponentCache, source_files
+from export.cache import ComponentCache
 from export.calibration import calibrate
 from export.denoiser import LoweredTransformer
 from export.errors import ExportError
 from export.quantize import QuantReport
 from profiles.schema import Profile, load_profile
-from toolchain.artifacts import Digest, file_digest
 from toolchain.families import Model
 from toolchain.progress import silent
 
@@ -267,38 +263,6 @@ def make_from(bundle: Bundle, directory: Path) -> components.Component:
     graphs = [graph for graph in bundle.manifest.graphs["transformer"] if graph.activations == "float32"]
     report = QuantReport(quantized=(), skipped=())
     return component(report, graphs)
-
-
-def test_the_transformer_is_digested_while_encoders_are_made(
-    on_disk: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = threading.Event()
-
-    def digest(path: Path, algorithm: Digest) -> str:
-        assert path.parent.name != "transformer" or made.wait(60)
-        return file_digest(path, algorithm)
-
-    def stopped(*_: Any) -> None:
-        made.set()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cache_module, "file_digest", digest)
-    monkeypatch.setattr(bundle_module, "export_text_encoder", stopped)
-    own = ComponentCache(tmp_path / "cache")
-    with pytest.raises(KeyboardInterrupt):
-        export_bundle(on_disk, targets=[load_profile("cpu-x86")], output=tmp_path / "bundle", cache=own)
-    assert own.remembers(source_files(on_disk, "transformer"))
-
-
-def test_a_digest_is_remembered_until_the_file_changes(tmp_path: Path) -> None:
-    own, file = ComponentCache(tmp_path / "cache"), tmp_path / "file"
-    file.write_bytes(b"weights")
-    assert not own.remembers([file])
-    assert own.digest(file) == blake3(b"weights").hexdigest()
-    assert own.remembers([file])
-    file.write_bytes(b"others")
-    assert not own.remembers([file])
-    assert own.digest(file) == blake3(b"others").hexdigest()
 
 
 def test_a_damaged_cache_is_not_believed(on_disk: Model, tmp_path: Path, cache: ComponentCache) -> None:

@@ -24,6 +24,7 @@ from toolchain.cli.shell import (
     remembered_student,
 )
 from toolchain.errors import ToolchainError
+from toolchain.families.stored import weight_files
 from toolchain.plan import PLAN_FILE
 
 if TYPE_CHECKING:
@@ -112,37 +113,42 @@ def export(
     check_new_directory(bundle_path)
 
     from deploy.kept import cache_directory
-    from export.bundle import export_bundle
-    from export.cache import ComponentCache
-    from export.calibration import read_calibration
-    from export.engine import ENGINES
-    from toolchain.families import open_model
+    from export.digests import FileDigests
 
-    model = open_model(source, precision="none")
-    if without == "t5":
-        model = model.without_t5()
-    path = model.path / PLAN_FILE
-    plan = plan_from_json(read_json(path)) if path.exists() else None
-    card = read_card(model.path)
-    known = None if calibration is None else read_calibration(calibration, model)
-    number, budget = _bits(bits, max_bytes, known, targets[0].group_size)
-    with bars() as bar:
-        bundle = export_bundle(
-            model,
-            targets=targets,
-            output=bundle_path,
-            bits=number,
-            bits_of_components=None if plan is None else plan.student_bits,
-            calibration=known,
-            max_bytes=budget,
-            most_error=max_error,
-            cache=ComponentCache(cache_directory()),
-            bar=bar,
-            plan_sha256=None if plan is None else sha256(path),
-            base_model=None if plan is None else plan.model,
-            base_revision=card.base_revision,
-            license=card.license,
-        )
+    digests = FileDigests(cache_directory())
+    # Importing all that follows takes one core as long as reading half a checkpoint takes another.
+    with digests.ahead(_transformer_files(source)):
+        from export.bundle import export_bundle
+        from export.cache import ComponentCache
+        from export.calibration import read_calibration
+        from export.engine import ENGINES
+        from toolchain.families import open_model
+
+        model = open_model(source, precision="none")
+        if without == "t5":
+            model = model.without_t5()
+        path = model.path / PLAN_FILE
+        plan = plan_from_json(read_json(path)) if path.exists() else None
+        card = read_card(model.path)
+        known = None if calibration is None else read_calibration(calibration, model)
+        number, budget = _bits(bits, max_bytes, known, targets[0].group_size)
+        with bars() as bar:
+            bundle = export_bundle(
+                model,
+                targets=targets,
+                output=bundle_path,
+                bits=number,
+                bits_of_components=None if plan is None else plan.student_bits,
+                calibration=known,
+                max_bytes=budget,
+                most_error=max_error,
+                cache=ComponentCache(cache_directory(), digests),
+                bar=bar,
+                plan_sha256=None if plan is None else sha256(path),
+                base_model=None if plan is None else plan.model,
+                base_revision=card.base_revision,
+                license=card.license,
+            )
     files = {name: entry.bytes for name, entry in bundle.manifest.files.items()}
     variants = [asdict(variant) for variant in bundle.manifest.variants]
     engines = read_json(bundle.file(ENGINES))["engines"] if ENGINES in files else []
@@ -158,6 +164,14 @@ def export(
 
     facts = {"bundle": str(bundle_path), "files": files, "variants": variants, "engines": engines}
     emit(facts, as_json, show)
+
+
+def _transformer_files(source: str) -> list[Path]:
+    """Those of a model that is a directory; none where something is wrong, of which opening it will tell."""
+    try:
+        return weight_files(Path(source) / "transformer")
+    except ToolchainError:
+        return []
 
 
 def _bits(

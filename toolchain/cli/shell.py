@@ -54,7 +54,9 @@ _EXTRA_OF = {
         "compress",
     ),
     **dict.fromkeys(("datasets", "pyarrow"), "data"),
-    **dict.fromkeys(("onnx", "onnxscript", "onnx_ir", "nncf", "numba", "polygraphy", "jinja2"), "export"),
+    **dict.fromkeys(
+        ("onnx", "onnxscript", "onnx_ir", "nncf", "numba", "blake3", "polygraphy", "jinja2"), "export"
+    ),
     **dict.fromkeys(("onnxruntime", "tokenizers", "PIL", "numpy"), "edge"),
     **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
     "tensorrt_rtx": "rtx",
