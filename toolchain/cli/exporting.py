@@ -24,7 +24,6 @@ from toolchain.cli.shell import (
     remembered_student,
 )
 from toolchain.errors import ToolchainError
-from toolchain.families.stored import weight_files
 from toolchain.plan import PLAN_FILE
 
 if TYPE_CHECKING:
@@ -168,6 +167,8 @@ def export(
 
 def _transformer_files(source: str) -> list[Path]:
     """Those of a model that is a directory; none where something is wrong, of which opening it will tell."""
+    from toolchain.families.stored import weight_files
+
     try:
         return weight_files(Path(source) / "transformer")
     except ToolchainError:
