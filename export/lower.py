@@ -8,7 +8,6 @@ module, one at a time, when the graph is written.
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from export.errors import ExportError
 from export.passes import canonicalize, is_transposed
 from export.traces import kept_trace
+from toolchain.garbage import uncollected
 
 __all__ = [
     "DTYPES",
@@ -95,7 +95,7 @@ def _trace(
     *,
     fused_attention: bool,
 ) -> ir.Model:
-    with fake, _quiet(), _uncollected():
+    with fake, _quiet(), uncollected():
         program = torch.onnx.export(
             wrapper.eval(),
             tuple(inputs.values()),
@@ -244,15 +244,3 @@ def _quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Let garbage lie: looking for it, among a million objects that stay, takes a sixth of a trace's time."""
-    collected = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collected:
-            gc.enable()

@@ -24,6 +24,7 @@ from toolchain.cli.shell import (
     remembered_student,
 )
 from toolchain.errors import ToolchainError
+from toolchain.garbage import uncollected
 from toolchain.plan import PLAN_FILE
 
 if TYPE_CHECKING:
@@ -117,13 +118,14 @@ def export(
     digests = FileDigests(cache_directory())
     # Importing all that follows takes one core as long as reading half a checkpoint takes another.
     with digests.ahead(_transformer_files(source)):
-        from export.bundle import export_bundle
-        from export.cache import ComponentCache
-        from export.calibration import read_calibration
-        from export.engine import ENGINES
-        from toolchain.families import open_model
+        with uncollected():
+            from export.bundle import export_bundle
+            from export.cache import ComponentCache
+            from export.calibration import read_calibration
+            from export.engine import ENGINES
+            from toolchain.families import open_model
 
-        model = open_model(source, precision="none")
+            model = open_model(source, precision="none")  # it imports the model's libraries
         if without == "t5":
             model = model.without_t5()
         path = model.path / PLAN_FILE

@@ -17,6 +17,7 @@ from profiles.schema import Profile, available_profiles, load_profile
 from profiles.typed import field_docs
 from toolchain.cli.shell import Json, Remove, WithoutT5, app, bars, emit, print_
 from toolchain.errors import ToolchainError
+from toolchain.garbage import uncollected
 from toolchain.rules import parse_units
 
 if TYPE_CHECKING:
@@ -92,10 +93,11 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Say on which devices a model fits, and what would have to go for the rest; needs no weights."""
-    from export.fit import fit as measure
-    from toolchain.families import open_model
+    with uncollected():
+        from export.fit import fit as measure
+        from toolchain.families import open_model
 
-    opened = open_model(model, precision="config")
+        opened = open_model(model, precision="config")
     if without == "t5":
         opened = opened.without_t5()
     if remove is not None:
