@@ -91,6 +91,7 @@ def test_export_sees_only_the_doors_of_its_neighbours() -> None:
         "toolchain.artifacts",
         "toolchain.card",
         "toolchain.errors",
+        "toolchain.garbage",
         "toolchain.families",
         "toolchain.progress",
         "toolchain.trajectories",
