@@ -6,6 +6,7 @@ Blocks are [groups, group size, N], scales [groups, N], those to try [count, gro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -35,8 +36,15 @@ _GREATEST_HALF = np.float32(65504)
 # LLVM uses half of a vector of 512 bits, since processors that are gone slowed down with whole ones.
 if "+avx512f" in (features := get_host_cpu_features()).split(","):  # type: ignore[no-untyped-call]
     numba.config.CPU_FEATURES = f"{features},-prefer-256-bit"  # type: ignore[attr-defined]
-# Other threads go on meanwhile; dividing by zero gives an infinity.
-_compiled = numba.njit(nogil=True, error_model="numpy", cache=True)
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Compile a loop beside which other threads go on, and in which dividing by zero gives an infinity."""
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(function, cache=True, **options)
+    except RuntimeError:  # there is no directory to keep it in
+        return numba.njit(function, **options)
 
 
 @_compiled
