@@ -54,7 +54,7 @@ RESULTS = Path(__file__).parent / "results" / "distill_cost.json"
 BLOCKS, HEADS, TEXT_TOKENS, BATCH, NUM_STATES = 24, 8, 77, 8, 32
 # The paper's {25-28, 31-34} of 38 blocks, at the same depths and as large a share of 24.
 REMOVED = (16, 17, 18, 20, 21)
-ROUNDS, MEMORY_STEPS, TURN = 5, 6, 2
+ROUNDS, MEMORY_STEPS, TURN = 3, 6, 2
 GIB = 2**30
 _STEPS = Schedule(steps=MEMORY_STEPS, learning_rate=1e-5, warmup_steps=0)
 RECIPE = DistillRecipe(schedule=_STEPS, batch_size=BATCH)

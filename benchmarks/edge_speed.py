@@ -41,7 +41,7 @@ LIMITS = """\
 - OpenVINO has the weights in memory of its own, in its own order, beside what it computes in.
 - Of a small model, the libraries are most of the memory.
 """
-ROUNDS = 3
+ROUNDS = 2
 STEPS = 8
 MODELS = {"shapes": 8, "mid-sd3": 32}
 """Models, and the latents on a side of their pictures here."""
