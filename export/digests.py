@@ -11,6 +11,7 @@ from typing import Any
 from blake3 import blake3
 
 from toolchain.artifacts import read_json, write_json
+from toolchain.errors import ToolchainError
 
 __all__ = ["FileDigests"]
 
@@ -39,7 +40,7 @@ class FileDigests:
 
         def read() -> None:
             for path in paths:
-                with suppress(OSError):  # whoever needs it will tell
+                with suppress(OSError, ToolchainError):  # whoever needs it will tell
                     self._digest(path, stopped)
 
         thread = threading.Thread(target=read)
@@ -55,6 +56,7 @@ class FileDigests:
 
         Raises:
             OSError: It cannot be read.
+            ToolchainError: What is remembered cannot be.
         """
         found = self._digest(path, threading.Event())
         assert found is not None

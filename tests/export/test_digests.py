@@ -10,6 +10,7 @@ from blake3 import blake3
 
 from export import digests
 from export.digests import FileDigests
+from toolchain.errors import ToolchainError
 
 
 class Slow:
@@ -82,4 +83,12 @@ def test_a_file_that_cannot_be_read_is_told_to_who_asks(file: Path, tmp_path: Pa
     with own.ahead([tmp_path / "none", file]):
         with pytest.raises(FileNotFoundError):
             own.digest(tmp_path / "none")
+        own.digest(file)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_damaged_memory_is_told_to_who_asks(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "blake3.json").write_text("no JSON")
+    own = FileDigests(tmp_path)
+    with own.ahead([file]), pytest.raises(ToolchainError, match="cannot be read as JSON"):
         own.digest(file)
