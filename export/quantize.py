@@ -110,6 +110,10 @@ class StoredWeights(Mapping[str, torch.Tensor]):
             array = _read(self.plain[name]).astype(np.float32)
         return torch.from_numpy(array.T if name in self.transposed else array)
 
+    def __contains__(self, name: object) -> bool:
+        """Whether it is a parameter; nothing is read to tell."""
+        return name in self.blocked or name in self.plain
+
     def __iter__(self) -> Iterator[str]:
         """All names."""
         return iter((*self.blocked, *self.plain))

@@ -12,7 +12,7 @@ import torch
 
 from export.errors import ExportError
 from export.quantize import StoredWeights, choose_group_size, store_weights
-from export.weights import WeightFile
+from export.weights import WEIGHTS, WeightFile
 
 Array = np.ndarray[Any, Any]
 
@@ -111,3 +111,11 @@ def test_torch_is_given_back_what_was_stored(tmp_path: Path, bits: int, dtype: i
     error = np.abs(stored[name].numpy() - weight).max() / np.abs(weight).max()
     assert 0 < error < 1 / 2 ** (bits - 1)
     np.testing.assert_array_equal(stored["bias.weight"].numpy(), weight.astype(np.float16))
+
+
+def test_whether_a_parameter_is_there_is_told_without_reading_it(tmp_path: Path) -> None:
+    weight = np.ones((64, 3), dtype=np.float32)
+    stored = store(tmp_path, linear_graph(transformer_blocks__0__ff__weight=weight, bias__weight=weight), 4)
+    (tmp_path / WEIGHTS).unlink()
+    assert {"transformer_blocks.0.ff.weight", "bias.weight"} <= stored.keys()
+    assert "weight" not in stored

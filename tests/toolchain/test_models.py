@@ -404,6 +404,15 @@ def test_a_model_without_its_weights_has_them_all_on_disk(tiny_path: Path) -> No
         assert all(torch.equal(read[name].float(), held[name].float()) for name in held)
 
 
+def test_whether_a_tensor_is_there_is_told_without_reading_it(tiny_path: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_path, tmp_path / "model")
+    weights = open_model(str(path), precision="none").weights("transformer")
+    for file in path.glob("transformer/*.safetensors"):
+        file.unlink()
+    assert "context_embedder.weight" in weights
+    assert "weight" not in weights
+
+
 def test_the_memory_that_states_take_is_known_before_they_are_made(tiny: Model) -> None:
     states = sample_states(tiny, ["a red circle", "two squares"], seed=0)
     rows = (states.latents, states.timesteps, states.velocities, states.prompt_index)

@@ -85,6 +85,10 @@ class StoredTensors(Mapping[str, "torch.Tensor"]):
             tensor: torch.Tensor = stored.get_tensor(found)
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        """Whether it is one of the module's tensors; nothing is read to tell."""
+        return name in self._places
+
     def __iter__(self) -> Iterator[str]:
         """In the order of the module's tensors."""
         return iter(self._places)
