@@ -98,7 +98,9 @@ def lower_text_encoder(encoder: nn.Module, weights: Mapping[str, torch.Tensor]) 
     wrapper = _wrapped(copied)
     with fake:
         inputs = {"input_ids": torch.zeros(2, 7, dtype=torch.int64)}
-    shapes = ({0: Dim("batch"), 1: Dim("length")},)
+    # CLIP has no more positions than these, and T5 no limit. Left to find it out, the tracer begins again.
+    longest = getattr(encoder.config, "max_position_embeddings", None)
+    shapes = ({0: Dim("batch"), 1: Dim("length", max=longest)},)
     model = trace(wrapper, fake, inputs, list(wrapper.outputs), shapes)
     return bind(model, weights, encoder.named_buffers())
 
