@@ -17,6 +17,9 @@ __all__ = ["traced_ahead"]
 
 _WORTH = 100_000_000
 """Parameters of a transformer: a smaller model is traced almost before another process has begun."""
+_NOTHING = -1
+_MOMENT = 0.05
+"""Seconds between looks at what the other process is at."""
 
 
 @contextmanager
@@ -25,10 +28,11 @@ def traced_ahead(
 ) -> Iterator[Callable[[str], None]]:
     """Have another process trace parts of a model, and keep the traces for whoever needs them.
 
-    What this gives is told of each part that is begun here, and the other process ends where it meets one.
+    What this gives is told of each part that is begun here. The other process ends where it meets one, and a
+    part that it is at is waited for, since two would not be done before one is.
 
-    It says nothing and nobody waits for it: what fails there is traced again here, and is told here. It is
-    forked, since importing all that it takes would keep it from the half of its work.
+    It says nothing: what fails there is traced again here, and is told here. It is forked, since importing
+    all that it takes would keep it from the half of its work.
 
     Args:
         model: On disk.
@@ -40,13 +44,19 @@ def traced_ahead(
         yield lambda _: None
         return
     context = multiprocessing.get_context("fork")
-    begun = context.Value("i", 0)
-    process = context.Process(target=_trace_all, args=(model, parts, begun, half, fused), daemon=True)
+    begun, tracing = context.Value("i", 0), context.Value("i", _NOTHING)
+    process = context.Process(
+        target=_trace_all, args=(model, parts, begun, tracing, half, fused), daemon=True
+    )
     process.start()
 
     def begin(part: str) -> None:
-        if part in parts:
-            begun.value = parts.index(part) + 1
+        if part not in parts:
+            return
+        index = parts.index(part)
+        begun.value = index + 1
+        while tracing.value == index and process.is_alive():
+            process.join(_MOMENT)
 
     try:
         yield begin
@@ -55,15 +65,24 @@ def traced_ahead(
         process.join()
 
 
-def _trace_all(model: Model, parts: Sequence[str], begun: Synchronized[int], half: bool, fused: bool) -> None:
+def _trace_all(
+    model: Model,
+    parts: Sequence[str],
+    begun: Synchronized[int],
+    tracing: Synchronized[int],
+    half: bool,
+    fused: bool,
+) -> None:
     gc.freeze()  # the threads of sessions that lie in the garbage are not here to be ended
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
     for index in reversed(range(len(parts))):
+        tracing.value = index  # said before it is asked, or each could begin it unseen by the other
         if index < begun.value:
             break
         _trace(model, parts[index], half=half, fused=fused)
+    tracing.value = _NOTHING
 
 
 def _trace(model: Model, part: str, *, half: bool, fused: bool) -> None:

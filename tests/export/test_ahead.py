@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from pathlib import Path
 
@@ -18,19 +19,46 @@ NUM_TRACES = 1 + 1 + 3
 """An encoder, the decoder; the transformer without blocks, a block, and the last, which ends the text."""
 
 
-def test_what_was_traced_ahead_is_not_traced_again(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fresh = open_model(str(path), precision="none")  # transformers leaves hooks in an encoder that ran
+@pytest.fixture
+def fresh(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """Worth tracing ahead, of which nothing was traced."""
     monkeypatch.setenv("HPTOOL_CACHE", str(tmp_path))
     monkeypatch.setattr(ahead, "_WORTH", 0)
+    return open_model(str(path), precision="none")  # transformers leaves hooks in an encoder that ran
+
+
+def wait_for_traces(cache: Path, count: int) -> None:
+    while len(list(cache.glob("traces/*.onnx"))) < count:
+        time.sleep(0.05)
+
+
+def test_what_was_traced_ahead_is_not_traced_again(
+    fresh: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with traced_ahead(fresh, PARTS, half=False, fused=True):
-        while len(list(tmp_path.glob("traces/*.onnx"))) < NUM_TRACES:
-            time.sleep(0.1)
+        wait_for_traces(tmp_path, NUM_TRACES)
     monkeypatch.setattr(lower, "_trace", None)
     lower_text_encoder(fresh.pipeline.text_encoder, fresh.weights("text_encoder"))
     lower_vae_decoder(fresh.pipeline.vae, fresh.weights("vae"))
     lower_transformer(fresh.mmdit, fresh.weights("transformer"), fused_attention=True)
+
+
+def test_what_is_being_traced_ahead_is_waited_for(
+    fresh: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with traced_ahead(fresh, PARTS, half=False, fused=True) as begin:
+        wait_for_traces(tmp_path, 1)
+        begin("transformer")
+    monkeypatch.setattr(lower, "_trace", None)
+    lower_transformer(fresh.mmdit, fresh.weights("transformer"), fused_attention=True)
+
+
+def test_nobody_waits_for_a_process_that_died(fresh: Model, tmp_path: Path) -> None:
+    with traced_ahead(fresh, PARTS, half=False, fused=True) as begin:
+        wait_for_traces(tmp_path, 1)
+        (process,) = multiprocessing.active_children()
+        process.kill()
+        begin("transformer")
 
 
 @pytest.mark.parametrize(("parts", "worth"), [(PARTS, 10**12), (PARTS[:1], 0)])
