@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,8 +18,9 @@ __all__ = ["FileDigests"]
 
 _MEMORY = "blake3.json"
 """Nobody else reads it: BLAKE3 takes a quarter of SHA-256's time."""
-_CHUNK = 1 << 24
-"""Bytes digested at a time: a thread beside one that computes waits for the interpreter after each."""
+_WINDOW = 1 << 26
+"""Bytes digested at a time, and of a file in memory: a thread beside one that computes waits for the
+interpreter after each."""
 
 
 class FileDigests:
@@ -73,12 +75,11 @@ class FileDigests:
         with reading:
             if (remembered := self._remembered(path)) is not None:
                 return remembered
-            mark, digest, buffer = _mark(path), blake3(), memoryview(bytearray(_CHUNK))
-            with path.open("rb", buffering=0) as stream:
-                while size := stream.readinto(buffer):
-                    if stopped.is_set():
-                        return None
-                    digest.update(buffer[:size])
+            mark, digest = _mark(path), blake3()
+            for window in _windows(path):
+                if stopped.is_set():
+                    return None
+                digest.update(window)
             found: str = digest.hexdigest()
             with self._lock:
                 self._memory.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +92,17 @@ class FileDigests:
 
     def _digests(self) -> dict[str, Any]:
         return read_json(self._memory) if self._memory.exists() else {}
+
+
+def _windows(path: Path) -> Iterator[memoryview]:
+    """The parts of a file, mapped: read into a buffer they take half as much of a core again."""
+    if not (size := path.stat().st_size):  # which cannot be mapped
+        return
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        for start in range(0, size, _WINDOW):
+            with memoryview(mapped)[start : start + _WINDOW] as window:
+                yield window
+            mapped.madvise(mmap.MADV_DONTNEED, start, min(_WINDOW, size - start))
 
 
 def _mark(path: Path) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from pathlib import Path
 
@@ -69,7 +70,8 @@ def test_a_file_that_is_being_read_ahead_is_not_read_again(
 
 def test_what_is_unread_when_the_work_ends_stays_so(file: Path, tmp_path: Path, slow: type[Slow]) -> None:
     own, other = FileDigests(tmp_path), tmp_path / "other"
-    other.write_bytes(bytes(2 * digests._CHUNK))
+    with other.open("wb") as stream:
+        stream.truncate(2 * digests._WINDOW)
     with own.ahead([other, file]):
         assert slow.begun.wait(60)
         threading.Timer(0.1, slow.let.set).start()
@@ -92,3 +94,12 @@ def test_a_damaged_memory_is_told_to_who_asks(file: Path, tmp_path: Path) -> Non
     own = FileDigests(tmp_path)
     with own.ahead([file]), pytest.raises(ToolchainError, match="cannot be read as JSON"):
         own.digest(file)
+
+
+def test_an_empty_file_and_one_of_several_windows_have_digests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digests, "_WINDOW", mmap.PAGESIZE)
+    for data in (b"", bytes(range(256)) * (mmap.PAGESIZE // 100)):
+        (tmp_path / "file").write_bytes(data)
+        assert FileDigests(tmp_path / "cache").digest(tmp_path / "file") == blake3(data).hexdigest()
