@@ -37,7 +37,7 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 RESULTS = Path(__file__).parent / "results" / "peers.json"
 PAGE = Path(__file__).parents[1] / "docs" / "peers.md"
-ROUNDS, STEPS, PROMPTS = 3, 10, 4
+ROUNDS, STEPS, PROMPTS = 2, 10, 4
 LIBRARIES = ("torchao==0.18.0", "bitsandbytes==0.50.2")
 OPTIMUM = ("torch==2.9.1", "optimum-onnx[onnxruntime]==0.1.0", "diffusers<0.36", "transformers<4.58")
 
