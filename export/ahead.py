@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing.sharedctypes import Synchronized
+from ctypes import c_int
 
 from export.denoiser import lower_transformer
 from export.encoders import lower_text_encoder, lower_vae_decoder
@@ -20,6 +21,8 @@ _WORTH = 100_000_000
 _NOTHING = -1
 _MOMENT = 0.05
 """Seconds between looks at what the other process is at."""
+_PATIENCE = 120
+"""Seconds a part is waited for: what was forked beside threads can hang, and is given up then."""
 
 
 @contextmanager
@@ -44,7 +47,8 @@ def traced_ahead(
         yield lambda _: None
         return
     context = multiprocessing.get_context("fork")
-    begun, tracing = context.Value("i", 0), context.Value("i", _NOTHING)
+    # Without locks, which a process that is killed would keep.
+    begun, tracing = context.RawValue("i", 0), context.RawValue("i", _NOTHING)
     process = context.Process(
         target=_trace_all, args=(model, parts, begun, tracing, half, fused), daemon=True
     )
@@ -55,7 +59,10 @@ def traced_ahead(
             return
         index = parts.index(part)
         begun.value = index + 1
+        given_up = time.monotonic() + _PATIENCE
         while tracing.value == index and process.is_alive():
+            if time.monotonic() > given_up:
+                process.kill()
             process.join(_MOMENT)
 
     try:
@@ -68,8 +75,8 @@ def traced_ahead(
 def _trace_all(
     model: Model,
     parts: Sequence[str],
-    begun: Synchronized[int],
-    tracing: Synchronized[int],
+    begun: c_int,
+    tracing: c_int,
     half: bool,
     fused: bool,
 ) -> None:

@@ -53,12 +53,21 @@ def test_what_is_being_traced_ahead_is_waited_for(
     lower_transformer(fresh.mmdit, fresh.weights("transformer"), fused_attention=True)
 
 
-def test_nobody_waits_for_a_process_that_died(fresh: Model, tmp_path: Path) -> None:
+@pytest.mark.timeout(60)
+def test_nobody_waits_for_a_process_that_hangs(
+    fresh: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hang(*_: object, **__: object) -> None:
+        (tmp_path / "begun").touch()
+        time.sleep(3600)
+
+    monkeypatch.setattr(ahead, "_trace", hang)
+    monkeypatch.setattr(ahead, "_PATIENCE", 0.1)
     with traced_ahead(fresh, PARTS, half=False, fused=True) as begin:
-        wait_for_traces(tmp_path, 1)
-        (process,) = multiprocessing.active_children()
-        process.kill()
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.05)
         begin("transformer")
+        assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(("parts", "worth"), [(PARTS, 10**12), (PARTS[:1], 0)])
