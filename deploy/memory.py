@@ -102,6 +102,7 @@ def give_back(directory: Path | None = None) -> None:
         libc.malloc_trim(0)
     if directory is None:
         return
+    directory = directory.resolve()  # as the system names what is mapped, whatever a user typed
     with Path("/proc/self/maps").open(encoding="utf-8") as lines:
         ranges = [line.split(maxsplit=5) for line in lines]
     for addresses, *_, path in (fields for fields in ranges if len(fields) == 6):

@@ -90,7 +90,12 @@ def test_memory_is_what_the_system_and_its_container_leave(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems are not asked for their pages")
-def test_pages_of_mapped_files_go_and_come_back_as_they_were(tmp_path: Path) -> None:
+@pytest.mark.parametrize("typed", ["", "given back", "link"])
+def test_pages_of_mapped_files_go_and_come_back_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("given back")
     content = random.Random(0).randbytes(64 * mmap.PAGESIZE)
     for name in ("given back", "kept"):
         (tmp_path / name).mkdir()
@@ -103,7 +108,7 @@ def test_pages_of_mapped_files_go_and_come_back_as_they_were(tmp_path: Path) -> 
         files = [stack.enter_context(path.open("rb")) for path in paths]
         maps = [stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) for file in files]
         assert [bytes(each) for each in maps] == [content, content]
-        give_back(tmp_path / "given back")
+        give_back(Path(typed) if typed else tmp_path / "given back")
         assert [resident_bytes(path) for path in paths] == [0, len(content)]
         assert bytes(maps[0]) == content
 
