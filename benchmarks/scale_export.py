@@ -440,8 +440,9 @@ Made by `python -m benchmarks.scale_export table` of what `python -m benchmarks.
 
 Random weights of the published geometries in bfloat16, sharded; time, memory and bytes depend on that alone.
 Each command ran in a process of its own that was looked at every 50 ms; an export began with the checkpoint
-out of the page cache, the program in it and nothing of its own kept. Memory is what is resident, mapped files
-included, unless it says otherwise."""
+out of the page cache, the program in it and nothing of its own kept; those of T5-XXL and of 4 blocks were
+measured before the program was brought back into it. Memory is what is resident, mapped files included,
+unless it says otherwise."""
 
 _ORDINARY_INTRODUCTION = f"""\
 `torch.onnx.export` of the loaded model, then `nncf.compress_weights` (`benchmarks/ordinary.py`), on

@@ -96,13 +96,13 @@ class FileDigests:
 
 def _windows(path: Path) -> Iterator[memoryview]:
     """The parts of a file, mapped: read into a buffer they take half as much of a core again."""
-    if not (size := path.stat().st_size):  # which cannot be mapped
+    if not path.stat().st_size:  # which cannot be mapped
         return
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        for start in range(0, size, _WINDOW):
+        for start in range(0, len(mapped), _WINDOW):
             with memoryview(mapped)[start : start + _WINDOW] as window:
                 yield window
-            mapped.madvise(mmap.MADV_DONTNEED, start, min(_WINDOW, size - start))
+            mapped.madvise(mmap.MADV_DONTNEED, start, min(_WINDOW, len(mapped) - start))
 
 
 def _mark(path: Path) -> list[int]:
