@@ -14,9 +14,11 @@ import numpy as np
 from numba.core.codegen import get_host_cpu_features
 
 __all__ = [
+    "TILE",
     "choose_scales",
     "pack_pairs",
     "round_values",
+    "scale_pairs",
     "scale_values",
     "scales_to_try",
     "to_half",
@@ -31,6 +33,11 @@ _LEAST_SCALE = np.finfo(np.float32).eps
 _LEAST_HALF = np.float32(2.0**-24)
 _LEAST_NORMAL_HALF = np.float32(2.0**-14)
 _GREATEST_HALF = np.float32(65504)
+_UPPER, _HALF, _WORD = np.uint32(0xFFFF0000), np.uint32(16), np.uint64(32)
+_NIBBLE = np.int8(4)
+
+TILE = 32
+"""Columns that are read side by side where each lies by itself."""
 
 
 # LLVM uses half of a vector of 512 bits, since processors that are gone slowed down with whole ones.
@@ -63,17 +70,26 @@ def widen(bits: Array, out: Array) -> None:
 def widen_rows(words: Array, out: Array) -> None:
     """Make float32 [K, N] of the bits of bfloat16 that lie four to a word [K / 4, N]."""
     rows, columns = words.shape
-    halves = out.view(np.uint32)
-    upper = np.uint32(0xFFFF0000)
-    for start in range(0, columns, 16):
+    tiled = columns // TILE * TILE
+    halves, gathered = out.view(np.uint32), np.empty(TILE, dtype=np.uint64)
+    for start in range(0, tiled, TILE):
         for row in range(rows):
-            for column in range(start, min(start + 16, columns)):
-                word = words[row, column]
-                first, second = np.uint32(word), np.uint32(word >> np.uint64(32))
-                halves[4 * row, column] = first << np.uint32(16)
-                halves[4 * row + 1, column] = first & upper
-                halves[4 * row + 2, column] = second << np.uint32(16)
-                halves[4 * row + 3, column] = second & upper
+            # Of a length the compiler knows, so that nothing is left of the loops but their vectors.
+            for index in range(TILE):
+                gathered[index] = words[row, start + index]
+            for index in range(TILE):
+                halves[4 * row, start + index] = np.uint32(gathered[index]) << _HALF
+            for index in range(TILE):
+                halves[4 * row + 1, start + index] = np.uint32(gathered[index]) & _UPPER
+            for index in range(TILE):
+                halves[4 * row + 2, start + index] = np.uint32(gathered[index] >> _WORD) << _HALF
+            for index in range(TILE):
+                halves[4 * row + 3, start + index] = np.uint32(gathered[index] >> _WORD) & _UPPER
+    for row in range(rows):
+        for column in range(tiled, columns):
+            lower, upper = np.uint32(words[row, column]), np.uint32(words[row, column] >> _WORD)
+            halves[4 * row, column], halves[4 * row + 1, column] = lower << _HALF, lower & _UPPER
+            halves[4 * row + 2, column], halves[4 * row + 3, column] = upper << _HALF, upper & _UPPER
 
 
 @_compiled
@@ -205,3 +221,25 @@ def scale_values(values: Array, scales: Array, shift: np.int8, out: Array) -> No
         for column in range(columns):
             value = np.int8(values[row, column] << shift) >> shift
             out[row, column] = value * scales[row // size, column]
+
+
+@_compiled
+def scale_pairs(packed: Array, scales: Array, size: int, start: int, out: Array) -> None:
+    """Multiply INT4 values [K, N] that lie as `pack_pairs` puts them with scales of `size` rows each.
+
+    `out` is their rows from `start` on.
+    """
+    rows, columns = out.shape
+    for row in range(rows):
+        place, scale = (start + row) * columns, scales[(start + row) // size]
+        first = place % 2  # in the upper half of a byte that the row before ends in
+        if first:
+            out[row, 0] = (np.int8(packed[place // 2]) >> _NIBBLE) * scale[0]
+        begin, pairs = (place + 1) // 2, (columns - first) // 2
+        for pair in range(pairs):
+            byte, column = np.int8(packed[begin + pair]), first + 2 * pair
+            out[row, column] = (np.int8(byte << _NIBBLE) >> _NIBBLE) * scale[column]
+            out[row, column + 1] = (byte >> _NIBBLE) * scale[column + 1]
+        if first + 2 * pairs < columns:
+            byte = np.int8(packed[begin + pairs])
+            out[row, columns - 1] = (np.int8(byte << _NIBBLE) >> _NIBBLE) * scale[columns - 1]

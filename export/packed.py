@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+
+from export.weights import raw_bytes
 
 __all__ = ["count_found", "int4_weights"]
 
@@ -100,7 +101,7 @@ def _occurrences(data: Bytes, words: NDArray[np.uint64]) -> list[tuple[int, int]
 
 def _pattern(weight: ir.TensorProtocol, *, transposed: bool) -> _Pattern:
     rows, columns = weight.shape.numpy()
-    stored = _stored(weight)
+    stored = raw_bytes(weight)
     middle = len(stored) // 2
 
     def read(first: int) -> bytes:
@@ -117,14 +118,6 @@ def _pattern(weight: ir.TensorProtocol, *, transposed: bool) -> _Pattern:
         middle_offset=middle,
         word_offset=word_offset,
     )
-
-
-def _stored(weight: ir.TensorProtocol) -> Bytes:
-    """Return the packed bytes of a weight, from the file where they lie in one: a few of them are read."""
-    if isinstance(weight, ir.ExternalTensor):
-        options: dict[str, Any] = {"offset": weight.offset or 0, "shape": (weight.nbytes,)}
-        return np.memmap(weight.path, np.uint8, mode="r", **options)
-    return np.frombuffer(weight.tobytes(), np.uint8)
 
 
 def _transposed(stored: Bytes, rows: int, columns: int, first: int, last: int) -> bytes:

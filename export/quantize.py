@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,8 +16,8 @@ from numpy.typing import NDArray
 
 from export.lower import check_finite
 from export.passes import BlockedWeight, is_transposed, linear_weights, parameters
-from export.rounding import dequantize, pack, quantize_matrix
-from export.weights import WeightFile
+from export.rounding import dequantize, dequantize_packed, num_threads, pack, quantize_matrix
+from export.weights import WeightFile, raw_bytes
 
 __all__ = [
     "Bits",
@@ -34,6 +36,9 @@ Bits = Literal[4, 8, 16, 32]
 
 # Below this a group's 16-bit scale would be a quarter of its weights' size and more.
 _SMALLEST_GROUP = 16
+
+# Parameters in the making: what reads, packs or writes one would keep all but one core waiting.
+_AT_ONCE = 2
 
 BitsOf = Callable[[str], tuple[Bits, str]]
 """How many bits a linear's weight takes, by its name; and why they are 16 or 32 where they are."""
@@ -105,7 +110,11 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         """A parameter with what rounding made of it."""
         if name in self.blocked:
             weight = self.blocked[name]
-            array = dequantize(_read(weight.values), _read(weight.scales))
+            scales = _read(weight.scales)
+            if weight.values.dtype == ir.DataType.INT4:  # numpy takes long to unpack them
+                array = dequantize_packed(raw_bytes(weight.values), scales, weight.group_size * len(scales))
+            else:
+                array = dequantize(_read(weight.values), scales)
         else:
             array = _read(self.plain[name]).astype(np.float32)
         return torch.from_numpy(array.T if name in self.transposed else array)
@@ -133,11 +142,11 @@ def store_weights(
     importance: Mapping[str, NDArray[np.float64]] | None = None,
     on_tensor: Callable[[], None] = lambda: None,
 ) -> StoredWeights:
-    """Write a graph's parameters, one at a time.
+    """Write a graph's parameters, a few of them in memory at a time.
 
     Args:
         model: A float32 graph; it is read, not changed.
-        weights: The parameters, each asked for when its turn comes.
+        weights: The parameters, each asked for when its turn comes, by several threads.
         file: Where the parameters go.
         bits_of: Asked about each linear's weight. All others take 32 bits where linears do, and 16 elsewhere.
         group_size: Most weights along the input axis that share a scale.
@@ -148,44 +157,35 @@ def store_weights(
         ExportError: A weight is not finite, or not within the range of float16.
     """
     linears = {value.name for value in linear_weights(model)}
-    blocked: dict[str, BlockedWeight] = {}
-    plain: dict[str, ir.ExternalTensor] = {}
-    transposed = set()
-    quantized, skipped = [], []
-    for name, value in parameters(model).items():
+
+    def make(item: tuple[str, ir.Value]) -> _Made:
+        name, value = item
         array = _as_numpy(weights[name])
         array = array.T if is_transposed(value) else array
         form = choose_form(name, array.shape, bits_of, group_size, linear=name in linears)
-        if form.bits == 4 or form.bits == 8:
-            rounded = quantize_matrix(
-                array, bits=form.bits, group_size=form.group_size, importance=(importance or {}).get(name)
-            )
-            check_finite(f"{name}.scale", rounded.scales)
-            values = _typed(rounded.values, name)
-            blocked[name] = BlockedWeight(
-                values=file.store(name, values),
-                scales=file.store(f"{name}.scale", ir.Tensor(rounded.scales, name=f"{name}.scale")),
-                group_size=form.group_size,
-            )
-            size = values.nbytes + rounded.scales.nbytes
+        return _make(name, array, form, (importance or {}).get(name))
+
+    blocked: dict[str, BlockedWeight] = {}
+    plain: dict[str, ir.ExternalTensor] = {}
+    quantized, skipped = [], []
+    found = parameters(model)
+    for name, made in zip(found, _in_order(make, found.items()), strict=True):
+        values, form = file.store(name, made.values), made.form
+        if made.scales is None:
+            plain[name] = values
+            skipped.append(SkippedTensor(name=name, bytes=values.nbytes, reason=form.reason))
+        else:
+            scales = file.store(f"{name}.scale", made.scales)
+            blocked[name] = BlockedWeight(values=values, scales=scales, group_size=form.group_size)
+            size = values.nbytes + scales.nbytes
             quantized.append(
                 QuantizedTensor(name=name, bits=form.bits, group_size=form.group_size, bytes=size)
             )
-        else:
-            if np.issubdtype(array.dtype, np.floating) or array.dtype == ml_dtypes.bfloat16:
-                with np.errstate(over="ignore"):
-                    array = array.astype(np.float32 if form.bits == 32 else np.float16, copy=False)
-                check_finite(name, array)
-            array = np.ascontiguousarray(array)
-            plain[name] = file.store(name, ir.Tensor(array, name=name))
-            skipped.append(SkippedTensor(name=name, bytes=array.nbytes, reason=form.reason))
-        if is_transposed(value):
-            transposed.add(name)
         on_tensor()
     return StoredWeights(
         blocked=blocked,
         plain=plain,
-        transposed=frozenset(transposed),
+        transposed=frozenset(name for name, value in found.items() if is_transposed(value)),
         report=QuantReport(quantized=tuple(quantized), skipped=tuple(skipped)),
     )
 
@@ -213,6 +213,46 @@ def choose_form(name: str, shape: Sequence[int], bits_of: BitsOf, group_size: in
 def choose_group_size(size: int, limit: int) -> int:
     """Return the largest divisor of `size` that is not above `limit`."""
     return next(group for group in range(min(size, limit), 0, -1) if size % group == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """A parameter as it is going to be stored."""
+
+    values: ir.Tensor[Any] | ir.PackedTensor[Any]
+    scales: ir.Tensor[Any] | None
+    """None where each value stands for itself."""
+    form: Form
+
+
+def _make(name: str, array: NDArray[Any], form: Form, importance: NDArray[np.float64] | None) -> _Made:
+    if form.bits == 4 or form.bits == 8:
+        threads = -(-num_threads() // _AT_ONCE)
+        rounded = quantize_matrix(
+            array, bits=form.bits, group_size=form.group_size, importance=importance, threads=threads
+        )
+        check_finite(f"{name}.scale", rounded.scales)
+        scales = ir.Tensor(rounded.scales, name=f"{name}.scale")
+        return _Made(values=_typed(rounded.values, name), scales=scales, form=form)
+    if np.issubdtype(array.dtype, np.floating) or array.dtype == ml_dtypes.bfloat16:
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32 if form.bits == 32 else np.float16, copy=False)
+        check_finite(name, array)
+    return _Made(values=ir.Tensor(np.ascontiguousarray(array), name=name), scales=None, form=form)
+
+
+def _in_order(
+    make: Callable[[tuple[str, ir.Value]], _Made], items: Iterable[tuple[str, ir.Value]]
+) -> Iterator[_Made]:
+    """What is made of each, and meanwhile that of the next few."""
+    waiting: deque[Future[_Made]] = deque()
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for item in items:
+            waiting.append(pool.submit(make, item))
+            if len(waiting) > _AT_ONCE:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _as_numpy(tensor: torch.Tensor) -> NDArray[Any]:

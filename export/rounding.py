@@ -26,7 +26,15 @@ import numpy as np
 from export import kernels
 from export.errors import ExportError
 
-__all__ = ["IntBits", "RoundedMatrix", "dequantize", "pack", "quantize_matrix"]
+__all__ = [
+    "IntBits",
+    "RoundedMatrix",
+    "dequantize",
+    "dequantize_packed",
+    "num_threads",
+    "pack",
+    "quantize_matrix",
+]
 
 Array = np.ndarray[Any, Any]
 IntBits = Literal[4, 8]
@@ -101,7 +109,7 @@ def quantize_matrix(
         with np.errstate(over="ignore", invalid="ignore"):
             return _quantize_stripe(weight, stripe, bits, group_size, importances, values, scales)
 
-    with ThreadPoolExecutor(threads or _num_threads()) as pool:
+    with ThreadPoolExecutor(threads or num_threads()) as pool:
         error = math.fsum(pool.map(work, _stripes(columns)))
     typed = values.view(ml_dtypes.int4) if bits == 4 else values
     return RoundedMatrix(values=typed, scales=scales, error=error * unit)
@@ -116,8 +124,21 @@ def dequantize(values: Array, scales: Array) -> Array:
     def work(stripe: slice) -> None:
         kernels.scale_values(whole[:, stripe], steps[:, stripe], unused, restored[:, stripe])
 
-    with ThreadPoolExecutor(_num_threads()) as pool:
+    with ThreadPoolExecutor(num_threads()) as pool:
         list(pool.map(work, _stripes(values.shape[1])))
+    return restored
+
+
+def dequantize_packed(packed: Array, scales: Array, rows: int) -> Array:
+    """The same of so many rows of INT4 values as `pack` gives them."""
+    restored = np.empty((rows, scales.shape[1]), dtype=np.float32)
+    size, steps = rows // len(scales), scales.astype(np.float32)
+
+    def work(start: int) -> None:
+        kernels.scale_pairs(packed, steps, size, start, restored[start : start + size])
+
+    with ThreadPoolExecutor(num_threads()) as pool:
+        list(pool.map(work, range(0, rows, size)))
     return restored
 
 
@@ -181,14 +202,16 @@ def _load(part: Array, out: Array) -> None:
         np.copyto(out, part)
 
 
-def _num_threads() -> int:
+def num_threads() -> int:
+    """Of this process at once, without one waiting for another's core."""
     return len(os.sched_getaffinity(0))
 
 
 def _stripes(columns: int) -> Iterator[slice]:
-    """About equal parts of the columns, so that no part is much narrower than the others."""
+    """About equal parts of the columns, of whole tiles but for the last."""
     count = -(-columns // _COLUMNS)
-    edges = [columns * index // count for index in range(count + 1)]
+    edges = [columns * index // count // kernels.TILE * kernels.TILE for index in range(count)]
+    edges.append(columns)
     return (slice(start, stop) for start, stop in pairwise(edges))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,18 +9,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["ALIGNMENT", "WEIGHTS", "WeightFile"]
+__all__ = ["ALIGNMENT", "WEIGHTS", "WeightFile", "raw_bytes"]
 
 WEIGHTS = "weights.data"
 
 ALIGNMENT = 64  # a cache line, and what vector loads from a mapped file ask for
 
-# Tensors that wait to be written: values and scales of one matrix, while the next is made.
-_WAITING = 2
-
 
 class WeightFile:
-    """Writes `weights.data` in a directory: one tensor while the next is made.
+    """Writes `weights.data` in a directory.
 
     Graphs that are given the same returned tensor share its bytes.
     """
@@ -31,8 +26,6 @@ class WeightFile:
         self._path = directory / WEIGHTS
         self._stream = self._path.open("xb")
         self._size = 0
-        self._writer = ThreadPoolExecutor(1)
-        self._waiting: deque[Future[None]] = deque()
 
     def __enter__(self) -> WeightFile:
         return self
@@ -40,21 +33,14 @@ class WeightFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._stream, self._writer:
-            while error is None and self._waiting:
-                self._waiting.popleft().result()
+        self._stream.close()
 
     def store(self, name: str, tensor: ir.Tensor[Any] | ir.PackedTensor[Any]) -> ir.ExternalTensor:
-        """Append a tensor and return where it lies; it can be read once the file is closed.
-
-        Raises:
-            OSError: One before it could not be written.
-        """
+        """Append a tensor and return where it lies; it can be read once the file is closed."""
         offset = -(-self._size // ALIGNMENT) * ALIGNMENT
-        padding, self._size = offset - self._size, offset + tensor.nbytes
-        while len(self._waiting) >= _WAITING:
-            self._waiting.popleft().result()
-        self._waiting.append(self._writer.submit(self._write, padding, tensor))
+        self._stream.write(b"\0" * (offset - self._size))
+        self._stream.write(np.ascontiguousarray(tensor.raw).reshape(-1).view(np.uint8).data)
+        self._size = offset + tensor.nbytes
         assert isinstance(tensor.shape, ir.Shape)
         return ir.ExternalTensor(
             WEIGHTS,
@@ -66,6 +52,10 @@ class WeightFile:
             base_dir=self._path.parent,
         )
 
-    def _write(self, padding: int, tensor: ir.Tensor[Any] | ir.PackedTensor[Any]) -> None:
-        self._stream.write(b"\0" * padding)
-        self._stream.write(np.ascontiguousarray(tensor.raw).reshape(-1).view(np.uint8).data)
+
+def raw_bytes(tensor: ir.TensorProtocol) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The bytes of a tensor as stored, mapped where they lie in a file: only those looked at are read."""
+    if isinstance(tensor, ir.ExternalTensor):
+        options: dict[str, Any] = {"offset": tensor.offset or 0, "shape": (tensor.nbytes,)}
+        return np.memmap(tensor.path, np.uint8, mode="r", **options)
+    return np.frombuffer(tensor.tobytes(), np.uint8)

@@ -18,7 +18,7 @@ from nncf.tensor import Tensor
 
 from export import kernels
 from export.errors import ExportError
-from export.rounding import IntBits, dequantize, pack, quantize_matrix
+from export.rounding import IntBits, dequantize, dequantize_packed, pack, quantize_matrix
 
 Array = np.ndarray[Any, Any]
 MODES = {4: CompressWeightsMode.INT4_SYM, 8: CompressWeightsMode.INT8_SYM}
@@ -76,7 +76,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_a_transposed_view_of_any_type_is_rounded_like_a_float32_copy(dtype: Any) -> None:
-    view = normal(96, 128).astype(dtype).T
+    view = normal(100, 128).astype(dtype).T
     copy = np.ascontiguousarray(view.astype(np.float32))
     found, expected = (quantize_matrix(item, bits=4, group_size=32) for item in (view, copy))
     np.testing.assert_array_equal(found.values, expected.values)
@@ -151,6 +151,15 @@ def test_scales_become_the_halves_that_numpy_makes_of_them() -> None:
 def test_packed_values_lie_as_onnx_stores_them(size: int) -> None:
     values = np.random.default_rng(0).integers(-8, 8, size).astype(ml_dtypes.int4)
     assert pack(values).tobytes() == ir.Tensor(values).tobytes()
+
+
+@pytest.mark.parametrize(("groups", "size", "columns"), [(2, 64, 32), (2, 32, 33), (3, 19, 7), (1, 19, 1)])
+def test_packed_values_stand_for_what_the_values_do(groups: int, size: int, columns: int) -> None:
+    generator = np.random.default_rng(0)
+    values = generator.integers(-8, 8, (groups * size, columns)).astype(ml_dtypes.int4)
+    scales = generator.uniform(0.1, 1, (groups, columns)).astype(np.float16)
+    found = dequantize_packed(pack(values), scales, groups * size)
+    np.testing.assert_array_equal(found, dequantize(values, scales))
 
 
 def test_a_group_size_that_does_not_divide_is_refused() -> None:
