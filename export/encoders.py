@@ -21,6 +21,7 @@ from export.errors import ExportError
 from export.lower import bind, trace, without_weights
 from export.parity import Case, case_of
 from export.quantize import Bits, BitsOf
+from export.repeated import TRACED, repeat_layer
 
 __all__ = [
     "decoder_cases",
@@ -39,33 +40,43 @@ _T5_OUT = re.compile(r".*\.DenseReluDense\.wo\.weight")
 
 
 class _Clip(nn.Module):
-    """The states that Stable Diffusion 3 reads, and the pooled ones."""
+    """The states that Stable Diffusion 3 reads, and the pooled ones.
+
+    Marked, it also gives the states before the last layer but one, and behind it.
+    """
 
     outputs: tuple[str, ...] = ("hidden_states", "pooled")
+    marks: tuple[str, ...] = ("before",)
+    """Beside the outputs; where `after` is not among them, it is the first output."""
 
     def __init__(self, module: Any) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.marked = module, False
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         output = self.module(input_ids, output_hidden_states=True)
+        marks = output.hidden_states[-3:-1][: len(self.marks)] if self.marked else ()
+        return (*self.read(output), *marks)
+
+    def read(self, output: Any) -> tuple[torch.Tensor, ...]:
+        """What is wanted of the module's outputs."""
         return output.hidden_states[-2], output.text_embeds
 
 
 class _PooledClip(_Clip):
     """The pooled state without a projection, all that FLUX.1 reads of CLIP."""
 
-    outputs = ("pooled",)
+    outputs, marks = ("pooled",), ("before", "after")
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (self.module(input_ids).pooler_output,)
+    def read(self, output: Any) -> tuple[torch.Tensor, ...]:
+        return (output.pooler_output,)
 
 
 class _T5(_Clip):
-    outputs = ("hidden_states",)
+    outputs, marks = ("hidden_states",), ("before", "after")
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (self.module(input_ids).last_hidden_state,)
+    def read(self, output: Any) -> tuple[torch.Tensor, ...]:
+        return (output.last_hidden_state,)
 
 
 _ENCODERS: dict[str, type[_Clip]] = {
@@ -95,13 +106,21 @@ def lower_text_encoder(encoder: nn.Module, weights: Mapping[str, torch.Tensor]) 
         ExportError: The encoder is of another class.
     """
     copied, fake = without_weights(encoder, torch.float32)
+    layers, count = _shorten_(copied)
     wrapper = _wrapped(copied)
+    wrapper.marked = count > TRACED
     with fake:
         inputs = {"input_ids": torch.zeros(2, 7, dtype=torch.int64)}
     # CLIP has no more positions than these, and T5 no limit. Left to find it out, the tracer begins again.
     longest = getattr(encoder.config, "max_position_embeddings", None)
     shapes = ({0: Dim("batch"), 1: Dim("length", max=longest)},)
-    model = trace(wrapper, fake, inputs, list(wrapper.outputs), shapes)
+    names = [*wrapper.outputs, *(wrapper.marks if wrapper.marked else ())]
+    model = trace(wrapper, fake, inputs, names, shapes)
+    if wrapper.marked:
+        outputs = model.graph.outputs
+        before, after = [*outputs, outputs[0]][len(wrapper.outputs) :][:2]
+        repeat_layer(model.graph, layers, count, before, after)
+        del model.graph.outputs[len(wrapper.outputs) :]
     return bind(model, weights, encoder.named_buffers())
 
 
@@ -178,6 +197,18 @@ def encoder_bits(encoder: nn.Module, bits: Bits) -> BitsOf:
         return bits, f"{bits} bits were asked for"
 
     return bits_of
+
+
+def _shorten_(encoder: nn.Module) -> tuple[str, int]:
+    """Leave three layers of an encoder, and return what their list is called and how many there were."""
+    name, layers = next(
+        (name, module) for name, module in encoder.named_modules() if isinstance(module, nn.ModuleList)
+    )
+    if (count := len(layers)) > TRACED:
+        parent, _, last = name.rpartition(".")
+        short = nn.ModuleList([layers[0], layers[1], layers[-1]])
+        setattr(encoder.get_submodule(parent), last, short)
+    return name, count
 
 
 def _wrapped(encoder: nn.Module) -> _Clip:

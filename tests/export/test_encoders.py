@@ -27,6 +27,7 @@ from export.errors import ExportError
 from export.parity import LIMITS, check_graph
 from export.pieces import parity_session, run_in_pieces
 from export.quantize import Bits
+from export.repeated import repeat_layer
 from toolchain.families import Model, open_model
 from toolchain.progress import silent
 
@@ -40,7 +41,7 @@ T5 = T5Config(
     d_model=32,
     d_kv=16,  # heads as wide together as the states are not
     d_ff=64,
-    num_layers=2,
+    num_layers=5,  # more than are traced
     num_heads=3,
     feed_forward_proj="gated-gelu",
 )
@@ -49,7 +50,7 @@ CLIP = CLIPTextConfig(
     hidden_size=32,
     intermediate_size=48,
     projection_dim=24,
-    num_hidden_layers=3,
+    num_hidden_layers=5,
     num_attention_heads=2,
     max_position_embeddings=20,
     eos_token_id=7,
@@ -62,6 +63,7 @@ KINDS = {
     "clip": (CLIPTextModel, CLIP, (5, 20)),
     "clip-projected": (CLIPTextModelWithProjection, CLIP, (5, 20)),
     "clip-old": (CLIPTextModel, OLD_CLIP, (5, 20)),
+    "clip-of-two-layers": (CLIPTextModelWithProjection, changed(CLIP, num_hidden_layers=2), (5, 20)),
 }
 
 
@@ -114,6 +116,16 @@ def test_nothing_of_a_length_is_fixed_in_the_graph_of_t5() -> None:
     assert len([name for name in graph.initializers if name.startswith(("shared.", "encoder.embed"))]) == 1
 
 
+def test_what_a_layer_computes_for_others_keeps_it_from_being_repeated() -> None:
+    before, other = ir.Value(name="before"), ir.Value(name="other")
+    inner = ir.node("Relu", [before])
+    last = ir.node("Add", [inner.outputs[0], other])
+    outside = ir.node("Mul", [last.outputs[0], inner.outputs[0]])
+    graph = ir.Graph([before, other], outside.outputs, nodes=[inner, last, outside], opset_imports={"": 21})
+    with pytest.raises(ExportError, match="A layer cannot be repeated"):
+        repeat_layer(graph, "layers", 5, before, last.outputs[0])
+
+
 def test_an_encoder_of_another_kind_is_refused() -> None:
     config = CLIPVisionConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     with pytest.raises(
@@ -146,7 +158,7 @@ def test_t5_is_rounded_as_the_transformer_is_and_its_widest_inputs_less(
 def loud_model(tiny_flux_path: Path) -> Model:
     """A FLUX.1 whose T5 is loud: what enters the last linear of a feed-forward is beyond float16's range."""
     model = open_model(str(tiny_flux_path))
-    config = changed(T5, d_model=24, vocab_size=model.pipeline.text_encoder_2.config.vocab_size)
+    config = changed(T5, num_layers=2, d_model=24, vocab_size=model.pipeline.text_encoder_2.config.vocab_size)
     # T5 does not scale its scores: the attention of large random weights would be all or nothing.
     encoder = random(T5EncoderModel, config, std=0.1)
     with torch.no_grad():
