@@ -192,7 +192,8 @@ def export_text_encoder(
 
     def cases() -> list[parity.Case]:
         with streamed(encoder, weights):
-            return text_encoder_cases(encoder, (length, max(2, length // 2)))
+            # Of billions of parameters a token takes seconds: the batch of several is of short prompts.
+            return text_encoder_cases(encoder, (length, max(2, length // 16)))
 
     bits_of = encoder_bits(encoder, bits)
     kind = _WEIGHTS[bits] if is_t5(encoder) else _plain(bits)
