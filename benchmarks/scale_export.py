@@ -6,7 +6,7 @@
 
 Every row runs in processes of its own, which are watched: `hptool export`, an engine's build, a step of
 denoising. Weights are random, with the geometry of the published models less the removed blocks; time, memory
-and bytes depend on that alone. Checkpoints, bundles and caches go into `--scratch`, which has to hold 50 GB.
+and bytes depend on that alone. Checkpoints, bundles and caches go into `--scratch`, which has to hold 90 GB.
 Leave the machine alone meanwhile.
 
 The ordinary way (benchmarks/ordinary.py) is tried at falling depths until one survives, and `hptool export`
@@ -47,8 +47,8 @@ ORDINARY_MODEL = "sd3.5-large-turbo"
 ORDINARY_MOST_BYTES = 20 * GIB
 ORDINARY_DEPTHS = (16, 12, 8, 4)
 """Not 38, nor 24: their weights alone take more in float32."""
-FREE_DISK = 10 * GB
-"""What the ordinary way has to leave."""
+FREE_DISK, ORDINARY_DISK = 10 * GB, 35 * GB
+"""What the ordinary way has to leave, and what it is given to begin with."""
 MOST_SECONDS = 3 * 3600
 PROMPT = "a red circle left of a blue square"
 
@@ -213,7 +213,9 @@ def measure_run(place: Place) -> Row:
         str(picture),
     ]
     command = [*_hptool("run"), str(place.bundle), PROMPT, *options]
-    return _measured(_succeeded(watch(command, environment=place.environment)))
+    watched = _succeeded(watch(command, environment=place.environment))
+    place.forget()  # what opening prepared takes twice the bundle's size
+    return _measured(watched)
 
 
 MEASURES: dict[str, Callable[[Place], Row]] = {
@@ -226,6 +228,10 @@ MEASURES: dict[str, Callable[[Place], Row]] = {
 
 def measure_ordinary(scratch: Path, model: str, depths: tuple[int, ...], group_size: int) -> Row:
     """The ordinary way at falling depths until it survives, then `hptool export` of that model."""
+    if (free := shutil.disk_usage(scratch).free) < ORDINARY_DISK:
+        raise MeasurementError(
+            f"{scratch} has {free / GB:.0f} GB free, and this takes {ORDINARY_DISK / GB:.0f}"
+        )
     attempts = []
     for blocks in depths:
         place = Place(scratch=scratch, name=f"{model}-{blocks}")
@@ -440,9 +446,8 @@ Made by `python -m benchmarks.scale_export table` of what `python -m benchmarks.
 
 Random weights of the published geometries in bfloat16, sharded; time, memory and bytes depend on that alone.
 Each command ran in a process of its own that was looked at every 50 ms; an export began with the checkpoint
-out of the page cache, the program in it and nothing of its own kept; those of T5-XXL and of 4 blocks were
-measured before the program was brought back into it. Memory is what is resident, mapped files included,
-unless it says otherwise."""
+out of the page cache, the program in it and nothing of its own kept. Memory is what is resident, mapped
+files included, unless it says otherwise."""
 
 _ORDINARY_INTRODUCTION = f"""\
 `torch.onnx.export` of the loaded model, then `nncf.compress_weights` (`benchmarks/ordinary.py`), on

@@ -148,6 +148,7 @@ def test_the_ordinary_way_is_tried_at_falling_depths_until_it_survives(
     monkeypatch.setattr(scale_export, "_make", make)
     monkeypatch.setattr(scale_export, "watch", watched)
     monkeypatch.setattr(scale_export, "_export", export)
+    monkeypatch.setattr(scale_export, "ORDINARY_DISK", 0)
     found = scale_export.measure_ordinary(tmp_path, "model", (8, 4, 2), 64)
     assert [attempt["stopped"] for attempt in found["attempts"]] == ["killed at 20.1 GiB", None]
     assert found["attempts"][1]["transformer_bytes"] == 100
@@ -156,6 +157,14 @@ def test_the_ordinary_way_is_tried_at_falling_depths_until_it_survives(
     text = page({"rows": {}, "ordinary": measured(**found)})
     assert "| 8 | killed at 20.1 GiB | 60 s | 8.00 GiB | – |" in text
     assert "At 4 blocks the ordinary way takes 8.0 times the memory\nand 2.0 times the time." in text
+
+
+def test_the_ordinary_way_is_not_blamed_for_a_disk_that_was_full_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scale_export, "ORDINARY_DISK", 1 << 60)
+    with pytest.raises(MeasurementError, match="GB free, and this takes"):
+        scale_export.measure_ordinary(tmp_path, "model", (8, 4, 2), 64)
 
 
 def test_the_page_says_what_was_measured_and_what_missed_its_aim() -> None:
