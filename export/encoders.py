@@ -106,8 +106,8 @@ def lower_text_encoder(encoder: nn.Module, weights: Mapping[str, torch.Tensor]) 
         ExportError: The encoder is of another class.
     """
     copied, fake = without_weights(encoder, torch.float32)
-    layers, count = _shorten_(copied)
     wrapper = _wrapped(copied)
+    layers, count = _shorten_(copied)
     wrapper.marked = count > TRACED
     with fake:
         inputs = {"input_ids": torch.zeros(2, 7, dtype=torch.int64)}
