@@ -89,6 +89,7 @@ def export_bundle(
     calibration: Calibration | None = None,
     max_bytes: int | None = None,
     most_error: float | None = None,
+    compare: bool = True,
     cache: ComponentCache,
     bar: Bar = silent,
     plan_sha256: str | None = None,
@@ -96,7 +97,7 @@ def export_bundle(
     base_revision: str | None = None,
     license: str | None = None,
 ) -> Bundle:
-    """Write a pipeline as a bundle for the given devices, each graph compared with torch before it is kept.
+    """Write a pipeline as a bundle for the given devices.
 
     Args:
         model: Its parts may lie on the meta device: then their tensors are read one at a time.
@@ -108,6 +109,7 @@ def export_bundle(
         calibration: Of this model: rounding heeds the inputs that matter.
         max_bytes: Of the blocks' linears, whose bits are then chosen one by one so that rounding harms least.
         most_error: Relative error of the velocity that rounding may cause; None takes that of the bits.
+        compare: Whether each graph is compared with torch before it is kept.
         cache: Where finished components are kept: an export that was interrupted goes on with the next one.
         bar: Starts progress bars.
         plan_sha256: Digest of the plan the student was made with.
@@ -143,7 +145,7 @@ def export_bundle(
         most_error=most_error,
         importance=None if calibration is None else calibration.importance,
     )
-    parts = _parts(model, precision, bar)
+    parts = _parts(model, precision, compare, bar)
     needs = _needs(model, parts, precision, num_engines(variants), cache)
     require_space(needs, output=output, cache=cache.path)
     new = [part.source for name, part in parts.items() if name in needs.components]
@@ -214,26 +216,32 @@ class _Part:
     make: Callable[[Path], Component]
 
 
-def _parts(model: Model, precision: Precision, bar: Bar) -> dict[str, _Part]:
+def _parts(model: Model, precision: Precision, compare: bool, bar: Bar) -> dict[str, _Part]:
     """The text encoders come first: they are small, and what is wrong shows early."""
-    settings = {"bits": precision.bits, "max_sequence_length": model.defaults.max_sequence_length}
+    settings = {
+        "bits": precision.bits,
+        "max_sequence_length": model.defaults.max_sequence_length,
+        "compare": compare,
+    }
     parts = {
         name: _Part(
             source=name,
             options={**settings, "group_size": precision.group_size},
-            make=partial(export_text_encoder, model, name, precision.bits, precision.group_size, bar),
+            make=partial(
+                export_text_encoder, model, name, precision.bits, precision.group_size, compare, bar
+            ),
         )
         for name in _encoders(model)
     }
     parts["vae_decoder"] = _Part(
         source="vae",
         options=settings,
-        make=partial(export_vae_decoder, model, precision.bits, bar),
+        make=partial(export_vae_decoder, model, precision.bits, compare, bar),
     )
     parts["transformer"] = _Part(
         source="transformer",
         options={**settings, "precision": precision.facts},
-        make=partial(export_transformer, model, precision, bar),
+        make=partial(export_transformer, model, precision, compare, bar),
     )
     return parts
 

@@ -1,4 +1,5 @@
-"""The components of a bundle: each lowered, its weights stored, its graphs written and compared with torch.
+"""The components of a bundle: each lowered, its weights stored, its graphs written and, unless that is not
+wanted, compared with torch.
 
 Nothing here holds more of a model than one block, or one layer of an encoder, in memory.
 """
@@ -64,6 +65,7 @@ class Component:
 
     graphs: list[format.Graph]
     parity: list[ParityRow]
+    """None where it was not compared with torch."""
     blocks: list[BlockRow]
     """Of a transformer, block by block."""
     quantization: QuantReport
@@ -107,17 +109,19 @@ class Precision:
         }
 
 
-def export_transformer(model: Model, precision: Precision, bar: Bar, directory: Path) -> Component:
+def export_transformer(
+    model: Model, precision: Precision, compare: bool, bar: Bar, directory: Path
+) -> Component:
     """Write the transformer's graphs and their one weight file.
 
     Raises:
-        ExportError: A weight cannot be stored, or a graph differs from torch.
+        ExportError: A weight cannot be stored, or a graph that was to be compared differs from torch.
     """
     weights, mmdit = model.weights("transformer"), model.mmdit
     kinds: list[tuple[str, Activations]] = [(GRAPH, "float32")]
     if precision.half:
         kinds.append((HALF_GRAPH, "float16"))
-    states = draw_states(model, (num_tokens(model), 5))
+    states = draw_states(model, (num_tokens(model), 5)) if compare or precision.half else []
     loud: frozenset[str] = frozenset()
     if precision.half:
         loud = loud_blocks(mmdit, weights, states, bar("transformer: range", len(mmdit.blocks)))
@@ -151,18 +155,21 @@ def export_transformer(model: Model, precision: Precision, bar: Bar, directory: 
         _bits_stored(stored.report),
         fused=[GRAPH] if precision.fused_attention else [],
     )
-    rows, blocks = check_transformer(
-        mmdit,
-        weights,
-        stored,
-        graphs,
-        states,
-        directory,
-        bar("transformer: parity", len(lowered[0].blocks) + 2),
-        precision.most_error,
-    )
-    drift = []
-    if model.num_parameters <= LARGEST:
+    rows: list[ParityRow] = []
+    blocks: list[BlockRow] = []
+    drift: list[Drift] = []
+    if compare:
+        rows, blocks = check_transformer(
+            mmdit,
+            weights,
+            stored,
+            graphs,
+            states,
+            directory,
+            bar("transformer: parity", len(lowered[0].blocks) + 2),
+            precision.most_error,
+        )
+    if compare and model.num_parameters <= LARGEST:
         paths = {graph.name: directory / Path(graph.name).name for graph in graphs}
         steps = (1 + len(paths)) * model.defaults.num_inference_steps
         drift = measure_drift(model, weights, paths, on_step=bar("transformer: sampling", steps))
@@ -179,12 +186,12 @@ def export_transformer(model: Model, precision: Precision, bar: Bar, directory: 
 
 
 def export_text_encoder(
-    model: Model, name: str, bits: Bits, group_size: int, bar: Bar, directory: Path
+    model: Model, name: str, bits: Bits, group_size: int, compare: bool, bar: Bar, directory: Path
 ) -> Component:
     """Write a text encoder.
 
     Raises:
-        ExportError: It is of an unknown class, or its graph differs from torch.
+        ExportError: It is of an unknown class, or its graph was to be compared and differs from torch.
     """
     encoder, weights = getattr(model.pipeline, name), model.weights(name)
     length = max_length(model, name.removeprefix("text_encoder"))
@@ -197,14 +204,16 @@ def export_text_encoder(
 
     bits_of = encoder_bits(encoder, bits)
     kind = _WEIGHTS[bits] if is_t5(encoder) else _plain(bits)
-    return _export_plain(name, graph, weights, cases, directory, bits_of, group_size, kind, bar)
+    return _export_plain(
+        name, graph, weights, cases if compare else None, directory, bits_of, group_size, kind, bar
+    )
 
 
-def export_vae_decoder(model: Model, bits: Bits, bar: Bar, directory: Path) -> Component:
+def export_vae_decoder(model: Model, bits: Bits, compare: bool, bar: Bar, directory: Path) -> Component:
     """Write the decoder half of the autoencoder.
 
     Raises:
-        ExportError: It is of an unknown class, or its graph differs from torch.
+        ExportError: It is of an unknown class, or its graph was to be compared and differs from torch.
     """
     vae, weights = model.pipeline.vae, model.weights("vae")
     graph = lower_vae_decoder(vae, weights)
@@ -217,7 +226,7 @@ def export_vae_decoder(model: Model, bits: Bits, bar: Bar, directory: Path) -> C
         "vae_decoder",
         graph,
         weights,
-        cases,
+        cases if compare else None,
         directory,
         _decoder_bits(bits),
         64,
@@ -248,7 +257,7 @@ def _export_plain(
     name: str,
     graph: ir.Model,
     weights: Mapping[str, Any],
-    cases: Callable[[], Sequence[parity.Case]],
+    cases: Callable[[], Sequence[parity.Case]] | None,
     directory: Path,
     bits_of: BitsOf,
     group_size: int,
@@ -258,7 +267,7 @@ def _export_plain(
     """Write a component that computes in float32 on every target.
 
     What is not quantised takes 16 bits unless 32 are asked for: checkpoints are published in 16 bits, so
-    nothing is lost with those.
+    nothing is lost with those. Without cases it is not compared.
     """
     advance = bar(f"{name}: weights", len(parameters(graph)))
     with WeightFile(directory) as file:
@@ -268,11 +277,13 @@ def _export_plain(
     _save(graph, stored, directory / GRAPH)
     path = f"{name}/{GRAPH}"
     lint_graphs([directory / GRAPH], _bits_stored(stored.report))
-    advance = bar(f"{name}: parity", 2)
-    expected = cases()
-    advance()
-    rows = check_graph(directory / GRAPH, expected, stage=name, graph=path, weights=kind)
-    advance()
+    rows: list[ParityRow] = []
+    if cases is not None:
+        advance = bar(f"{name}: parity", 2)
+        expected = cases()
+        advance()
+        rows = check_graph(directory / GRAPH, expected, stage=name, graph=path, weights=kind)
+        advance()
     return Component(
         graphs=[format.Graph(path=path, activations="float32", weights=kind)],
         parity=rows,

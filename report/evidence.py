@@ -56,6 +56,7 @@ class Parity:
     """What an export measured."""
 
     rows: list[ParityRow]
+    """None of a bundle that was exported without comparing."""
     blocks: list[BlockRow]
     drift: list[Drift]
     float32_blocks: list[str]

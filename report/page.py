@@ -471,6 +471,12 @@ def _parity(evidence: Evidence) -> Section:
         section.absent = evidence.missing
         return section
     parity = bundle.parity
+    if not parity.rows:
+        section.absent = (
+            "This bundle was exported with --no-compare: whether its graphs compute what torch does is not "
+            "known. An export without that option measures it."
+        )
+        return section
     section.sources = [
         f"Measured at the export, in {bundle.bundle.path / PARITY_FILE}, on onnxruntime's CPU."
     ]

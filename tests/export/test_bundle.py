@@ -231,6 +231,30 @@ def test_a_graph_that_differs_leaves_no_bundle_behind(
     assert not list(cache.path.glob("**/transformer*"))
 
 
+def test_without_comparing_the_same_files_are_written_and_torch_never_runs(
+    on_disk: Model,
+    full_bundle: Bundle,
+    cache: ComponentCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("draw_states", "check_transformer", "check_graph", "text_encoder_cases", "decoder_cases"):
+        monkeypatch.delattr(components, name)
+    made = export_bundle(
+        on_disk,
+        targets=[load_profile("cpu-x86")],
+        output=tmp_path / "bundle",
+        bits=32,
+        compare=False,
+        cache=cache,
+    )
+    report = json.loads(made.file("parity.json").read_text(encoding="utf-8"))
+    assert (report["rows"], report["blocks"], report["drift"]) == ([], [], [])
+    assert report["quantization"] == json.loads(full_bundle.file("parity.json").read_text())["quantization"]
+    other = {"parity.json": made.manifest.files["parity.json"]}
+    assert made.manifest.files == full_bundle.manifest.files | other
+
+
 def test_an_export_that_was_interrupted_goes_on_with_the_component_it_was_in(
     on_disk: Model, tmp_path: Path, cache: ComponentCache, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

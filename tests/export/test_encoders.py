@@ -189,7 +189,7 @@ def test_a_t5_that_float16_cannot_hold_is_exported(loud_model: Model, tmp_path: 
     encoder = loud_model.pipeline.text_encoder_2
     ids = torch.arange(3, 11)[None] % encoder.config.vocab_size
     assert largest(encoder, ids) > 65504
-    component: Component = export_text_encoder(loud_model, "text_encoder_2", bits, 64, silent, tmp_path)
+    component: Component = export_text_encoder(loud_model, "text_encoder_2", bits, 64, True, silent, tmp_path)
     kinds = {4: "int4", 8: "int8", 16: "float16"}
     assert [(graph.weights, graph.activations) for graph in component.graphs] == [(kinds[bits], "float32")]
     assert {row.limit for row in component.parity} == {LIMITS[kinds[bits], "float32"]}

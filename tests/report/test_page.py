@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -204,6 +204,15 @@ def test_what_is_absent_is_said(student: Path) -> None:
         assert "No bundle was given" in page.text[section]
     for section in ("pictures", "latency"):
         assert "Nothing was painted" in page.text[section]
+
+
+def test_a_bundle_that_was_not_compared_says_so(bundle: Path) -> None:
+    evidence = read_evidence([bundle])
+    assert evidence.bundle is not None
+    parity = replace(evidence.bundle.parity, rows=[], blocks=[], drift=[])
+    evidence = replace(evidence, bundle=replace(evidence.bundle, parity=parity))
+    page = Page(render_page(evidence, Measured(machine="m", when="2030-01-02")))
+    assert "exported with --no-compare" in page.text["parity"]
 
 
 def test_a_bundle_alone_has_a_page(student: Path, bundle: Path) -> None:

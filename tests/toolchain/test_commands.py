@@ -78,6 +78,7 @@ def hptool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (("export", "shapes", "--bits", "few"), "--bits is 4, 8, 16, 32 or auto, not 'few'"),
         (("export", "shapes", "--bits", "auto"), "--bits auto needs --calibration"),
         (("export", "shapes", "--max-bytes", "9"), "--max-bytes is for --bits auto"),
+        (("export", "shapes", "--no-compare", "--max-error", "0.1"), "leave one of them out"),
         (("export", "shapes", "--without", "t5"), "shapes has no T5"),
         (("export", "shapes", "--output", "full"), "output full is not empty"),
         (("run", "full", "a red circle"), "manifest.json"),

@@ -95,6 +95,13 @@ def export(
         float | None,
         typer.Option(help="Relative error of the velocity that rounding may cause; 0.2 for 4 bits.", min=0.0),
     ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            help="Whether graphs are compared with torch before they are kept, which takes longer than "
+            "writing them."
+        ),
+    ] = True,
     without: WithoutT5 = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory to write the bundle to.")
@@ -111,6 +118,10 @@ def export(
     from toolchain.plan import plan_from_json
 
     check_new_directory(bundle_path)
+    if max_error is not None and not compare:
+        raise ToolchainError(
+            "--max-error is what comparing accepts, and --no-compare compares nothing; leave one of them out"
+        )
 
     from deploy.kept import cache_directory
     from export.digests import FileDigests
@@ -143,6 +154,7 @@ def export(
                 calibration=known,
                 max_bytes=budget,
                 most_error=max_error,
+                compare=compare,
                 cache=ComponentCache(cache_directory(), digests),
                 bar=bar,
                 plan_sha256=None if plan is None else sha256(path),
@@ -161,9 +173,17 @@ def export(
         print_(table)
         if engines:
             print_(_engine_table(engines))
+        if not compare:
+            print_("Nothing was compared with torch: export without --no-compare before you rely on it.")
         print_(f"Run it:  hptool run {bundle_path} 'a red circle left of a blue square' -o out.png")
 
-    facts = {"bundle": str(bundle_path), "files": files, "variants": variants, "engines": engines}
+    facts = {
+        "bundle": str(bundle_path),
+        "compared": compare,
+        "files": files,
+        "variants": variants,
+        "engines": engines,
+    }
     emit(facts, as_json, show)
 
 
