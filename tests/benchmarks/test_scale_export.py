@@ -190,7 +190,10 @@ def test_the_page_says_what_was_measured_and_what_missed_its_aim() -> None:
     cells = [lines[title] for title, _ in scale_export._ROWS]
     assert cells == [
         "2.00 GiB (1.00 without files)",
-        "70 s, 7.0 × one read **(above what was aimed at)**; 30 s of it rounding and storing weights (12.7 GB read in 10 s)",
+        (
+            "70 s, 7.0 × one read **(above what was aimed at)**; "
+            "30 s of it rounding and storing weights (12.7 GB read in 10 s)"
+        ),
         "100 s, 10.0 × one read, 2.00 GiB",
         "3.40 GB",
         "3.30 GB, 0.971 × ONNX",
