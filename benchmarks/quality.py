@@ -3,19 +3,22 @@
     python -m benchmarks.quality run         measure what is missing; stop it and start it again at will
     python -m benchmarks.quality table       gather what is there: results/quality.json, docs/quality.md, .png
 
-Every cell is one student of one method, ratio and seed, kept in a file of its own, so that several
-processes may share the work (`--share 0/2`, `--share 1/2`).
+Every cell is one student of one method, ratio and seed, made and judged by a process of one thread, so that
+numbers do not depend on how many cores there are, and kept in a file of its own.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from itertools import islice, pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -293,23 +296,34 @@ def rounded(model: Model) -> Model:
 def run(
     directory: Annotated[Path, typer.Option(help="Where the cells are kept.")] = RESULTS / "quality",
     seeds: Annotated[int, typer.Option(min=2)] = 3,
-    share: Annotated[str, typer.Option(help="This process's part of the work, as `0/2`.")] = "0/1",
+    processes: Annotated[int, typer.Option(min=1, help="Default: one for each core.")] = os.cpu_count() or 1,
 ) -> None:
     """Measure every cell that is missing."""
-    this, of = map(int, share.split("/"))
+    torch.set_num_threads(1)
     directory.mkdir(parents=True, exist_ok=True)
-    subject: Subject | None = None
-    for number, cell in enumerate(cells(seeds)):
-        path = cell.path(directory)
-        if path.exists() or number % of != this:
-            continue
-        if subject is None or subject.seed != cell.seed:
-            subject = Subject(cell.seed, directory)
-        found = measure(subject, cell, directory)
-        write_json(path, found | {"machine": machine()})
-        print(
-            f"{cell}: {found['student']['score']:.3f}, INT4 {found['student_int4']['score']:.3f}", flush=True
-        )
+    missing = [cell for cell in cells(seeds) if not cell.path(directory).exists()]
+    # What steps take is measured while nothing else runs.
+    for ratio in sorted({cell.ratio for cell in missing if cell.equal == "time"}):
+        step_seconds(_subject(0, directory), ratio, directory)
+    _subject.cache_clear()
+    pool = ProcessPoolExecutor(
+        processes, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    )
+    with pool:
+        for line in pool.map(partial(_fill, directory), missing):
+            print(line, flush=True)
+
+
+def _fill(directory: Path, cell: Cell) -> str:
+    """Measure a cell, and say in a line what came out."""
+    found = measure(_subject(cell.seed, directory), cell, directory)
+    write_json(cell.path(directory), found | {"machine": machine()})
+    return f"{cell}: {found['student']['score']:.3f}, INT4 {found['student_int4']['score']:.3f}"
+
+
+@lru_cache(maxsize=1)
+def _subject(seed: int, directory: Path) -> Subject:
+    return Subject(seed, directory)
 
 
 @app.command()
