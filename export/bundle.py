@@ -152,14 +152,13 @@ def export_bundle(
     # Reading the transformer's weights for its key takes as long as the text encoders do.
     sources = [path for part in parts.values() for path in source_files(model, part.source)]
     with (
-        traced_ahead(model, new, half=precision.half, fused=precision.fused_attention) as begin,
+        traced_ahead(model, new, half=precision.half, fused=precision.fused_attention),
         cache.digests.ahead(sources),
         new_directory(output) as directory,
     ):
         components: dict[str, Component] = {}
         files: dict[str, format.File] = {}
         for name, part in parts.items():
-            begin(part.source)
             key = component_key(model, part.source, part.options, cache)
             components[name], written = cache.get(key, part.make, directory / name)
             files |= {f"{name}/{path}": file for path, file in written.items()}

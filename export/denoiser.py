@@ -15,14 +15,13 @@ import torch
 from onnx_ir import passes
 from onnx_ir.passes import common
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 from export.lower import DTYPES, MICROSOFT, Activations, bind, trace, without_weights
 from export.traces import structure
 from toolchain.families.mmdit import MMDiT, Streams, TextStates, shallow_copy
 
-__all__ = ["Boundary", "LoweredTransformer", "lower_transformer"]
+__all__ = ["Boundary", "LoweredTransformer", "lower_transformer", "trace_backwards"]
 
 # Rotary embeddings by the names of a block's inputs, and lengths to trace with.
 _WAVES = {"cosines_text": 7, "cosines_image": 24, "sines_text": 7, "sines_image": 24}
@@ -76,29 +75,18 @@ def lower_transformer(
     Raises:
         ToolchainError: Its positions cannot be computed for every size of picture.
     """
-    transformer = shallow_copy(mmdit.transformer)
-    transformer.pos_embed = mmdit.computed_positions(weights)
-    dtype = DTYPES[activations]
-    copied, fake = without_weights(transformer, dtype)
-    view = type(mmdit)(copied, guidance_scale=1.0, vae_scale_factor=mmdit.vae_scale_factor)
-    model = _trace_frame(view, fake, dtype)
+    pieces = _Pieces(mmdit, weights, activations, float32_blocks, fused_attention)
+    model = pieces.frame()
     velocity, image, text, *shared = model.graph.outputs
     model.graph.outputs[:] = [velocity]
     behind = [(use.node, use.idx) for use in image.uses()]
-    assembly, kinds = _Assembly(model.graph), dict[str, ir.Model]()
-    names = {id(module): name for name, module in copied.named_modules()}
-    blocks, boundaries = [], [_boundary([image, text])]
+    assembly, traced = _Assembly(model.graph), dict[str, ir.Model]()
     streams = [image, text]
-    for block in view.blocks:
-        own = torch.float32 if names[id(block)] in float32_blocks else dtype
-        if (kind := f"{own} {structure(block)}") not in kinds:
-            # A copy of its own, for its type is its own.
-            empty, apart = without_weights(block, own)
-            kinds[kind] = _trace_block(
-                view, empty, apart, dtype, num_waves=len(shared) - 1, fused_attention=fused_attention
-            )
-        blocks.append(names[id(block)])
-        streams = assembly.append(kinds[kind], [*streams, *shared], blocks[-1])
+    boundaries = [_boundary(streams)]
+    for name, kind in pieces.blocks.items():
+        if kind not in traced:
+            traced[kind] = pieces.block(kind)
+        streams = assembly.append(traced[kind], [*streams, *shared], name)
         boundaries.append(_boundary(streams))
     for node, index in behind:
         node.replace_input_with(index, streams[0])
@@ -106,66 +94,103 @@ def lower_transformer(
         model.opset_imports[MICROSOFT] = 1
     passes.Sequential(common.TopologicalSortPass(), common.CommonSubexpressionEliminationPass())(model)
     return LoweredTransformer(
-        graph=bind(model, weights, transformer.pos_embed.named_buffers("pos_embed")),
-        blocks=tuple(blocks),
+        graph=bind(model, weights, pieces.positions.named_buffers("pos_embed")),
+        blocks=tuple(pieces.blocks),
         boundaries=tuple(boundaries),
         shared=tuple(str(value.name) for value in shared),
-        positions=transformer.pos_embed,
+        positions=pieces.positions,
     )
 
 
-def _trace_frame(view: MMDiT, fake: FakeTensorMode, dtype: torch.dtype) -> ir.Model:
-    """Trace what is before and behind the blocks, as if there were none."""
-    patch, config = view.patch_size, view.transformer.config
-    frame = shallow_copy(view.transformer)
-    for name, child in view.transformer.named_children():
-        if isinstance(child, nn.ModuleList):
-            setattr(frame, name, nn.ModuleList())  # the tracer handles each parameter, read or not
-    with fake:
-        inputs = {
-            # Sizes differ from each other and from 1, or the tracer takes them for one or a constant.
-            "hidden_states": torch.empty(2, view.latent_channels, 4 * patch, 6 * patch, dtype=dtype),
-            "timestep": torch.empty(2),
-            "encoder_hidden_states": torch.empty(2, 7, config.joint_attention_dim, dtype=dtype),
-            "pooled_projections": torch.empty(2, config.pooled_projection_dim, dtype=dtype),
-        }
-        if view.embeds_guidance:
-            inputs["guidance"] = torch.empty(2)
-    batch, tokens = Dim("batch"), Dim("tokens")
-    height, width = patch * Dim("height"), patch * Dim("width")
-    shapes = ({0: batch, 2: height, 3: width}, {0: batch}, {0: batch, 1: tokens}, {0: batch}, {0: batch})
-    return trace(_Frame(type(view), frame), fake, inputs, ["velocity"], shapes[: len(inputs)])
-
-
-def _trace_block(
-    view: MMDiT,
-    block: nn.Module,
-    fake: FakeTensorMode,
-    dtype: torch.dtype,
+def trace_backwards(
+    mmdit: MMDiT,
+    weights: Mapping[str, torch.Tensor],
+    activations: Activations = "float32",
     *,
-    num_waves: int,
-    fused_attention: bool,
-) -> ir.Model:
-    width = view.inner_width
-    with fake:
-        inputs = {
-            "image": torch.empty(2, 24, width, dtype=dtype),
-            "text": torch.empty(2, 7, width, dtype=dtype),
-            "conditioning": torch.empty(2, width, dtype=dtype),
-        }
-        for name, length in list(_WAVES.items())[:num_waves]:
-            inputs[name] = torch.empty(length, view.rotary_width)
-    batch, tokens, patches = Dim("batch"), Dim("tokens"), Dim("patches")
-    shapes = ({0: batch, 1: patches}, {0: batch, 1: tokens}, {0: batch}, *({0: tokens}, {0: patches}) * 2)
-    return trace(
-        _Block(view, block, dtype),
-        fake,
-        inputs,
-        ["image_out"],
-        shapes[: len(inputs)],
-        fused_attention=fused_attention,
-        about=[block, type(view), dtype],  # a block is given all it needs
-    )
+    fused_attention: bool = False,
+) -> None:
+    """Trace what `lower_transformer` does, the last kind of block first, so that it finds it."""
+    pieces = _Pieces(mmdit, weights, activations, (), fused_attention)
+    for kind in reversed(dict.fromkeys(pieces.blocks.values())):
+        pieces.block(kind)
+    pieces.frame()
+
+
+class _Pieces:
+    """A transformer without weights, in what is traced apart: its frame, and each kind of its blocks."""
+
+    def __init__(
+        self,
+        mmdit: MMDiT,
+        weights: Mapping[str, torch.Tensor],
+        activations: Activations,
+        float32_blocks: Collection[str],
+        fused_attention: bool,
+    ) -> None:
+        transformer = shallow_copy(mmdit.transformer)
+        transformer.pos_embed = self.positions = mmdit.computed_positions(weights)
+        self._dtype, self._fused_attention = DTYPES[activations], fused_attention
+        copied, self._fake = without_weights(transformer, self._dtype)
+        self._view = type(mmdit)(copied, guidance_scale=1.0, vae_scale_factor=mmdit.vae_scale_factor)
+        self.blocks: dict[str, str] = {}
+        """Names of the blocks' modules in the order they run, and of which kind each is."""
+        self._kinds: dict[str, tuple[nn.Module, torch.dtype]] = {}
+        names = {id(module): name for name, module in copied.named_modules()}
+        for block in self._view.blocks:
+            name = names[id(block)]
+            own = torch.float32 if name in float32_blocks else self._dtype
+            self.blocks[name] = f"{own} {structure(block)}"
+            self._kinds.setdefault(self.blocks[name], (block, own))
+
+    def frame(self) -> ir.Model:
+        """What is before and behind the blocks, as if there were none."""
+        view, patch, dtype = self._view, self._view.patch_size, self._dtype
+        frame, config = shallow_copy(view.transformer), view.transformer.config
+        for name, child in view.transformer.named_children():
+            if isinstance(child, nn.ModuleList):
+                setattr(frame, name, nn.ModuleList())  # the tracer handles each parameter, read or not
+        with self._fake:
+            inputs = {
+                # Sizes differ from each other and from 1, or the tracer takes them for one or a constant.
+                "hidden_states": torch.empty(2, view.latent_channels, 4 * patch, 6 * patch, dtype=dtype),
+                "timestep": torch.empty(2),
+                "encoder_hidden_states": torch.empty(2, 7, config.joint_attention_dim, dtype=dtype),
+                "pooled_projections": torch.empty(2, config.pooled_projection_dim, dtype=dtype),
+            }
+            if view.embeds_guidance:
+                inputs["guidance"] = torch.empty(2)
+        batch, tokens = Dim("batch"), Dim("tokens")
+        height, width = patch * Dim("height"), patch * Dim("width")
+        shapes = ({0: batch, 2: height, 3: width}, {0: batch}, {0: batch, 1: tokens}, {0: batch}, {0: batch})
+        wrapper = _Frame(type(view), frame)
+        return trace(wrapper, self._fake, inputs, ["velocity"], shapes[: len(inputs)])
+
+    def block(self, kind: str) -> ir.Model:
+        """One of its blocks."""
+        view, dtype, (block, own) = self._view, self._dtype, self._kinds[kind]
+        width, rotary = view.inner_width, view.rotary_width
+        block, fake = without_weights(block, own)  # a copy of its own, for its type is its own
+        with fake:
+            inputs = {
+                "image": torch.empty(2, 24, width, dtype=dtype),
+                "text": torch.empty(2, 7, width, dtype=dtype),
+                "conditioning": torch.empty(2, width, dtype=dtype),
+            }
+            if rotary:
+                inputs |= {name: torch.empty(length, rotary) for name, length in _WAVES.items()}
+        batch, tokens, patches = Dim("batch"), Dim("tokens"), Dim("patches")
+        shapes = (
+            {0: batch, 1: patches}, {0: batch, 1: tokens}, {0: batch}, *({0: tokens}, {0: patches}) * 2
+        )  # fmt: skip
+        return trace(
+            _Block(view, block, dtype),
+            fake,
+            inputs,
+            ["image_out"],
+            shapes[: len(inputs)],
+            fused_attention=self._fused_attention,
+            about=[block, type(view), dtype],  # a block is given all it needs
+        )
 
 
 def _boundary(streams: list[ir.Value]) -> Boundary:

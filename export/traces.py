@@ -13,7 +13,8 @@ import json
 import logging
 import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache as once
 from functools import partial
 from importlib import resources
@@ -22,6 +23,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from filelock import FileLock
 from google.protobuf.message import DecodeError
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -39,10 +41,14 @@ _WEIGHTS = "hptool.weights"
 _PLAIN = (bool, int, float, str, bytes, type(None), types.EllipsisType, torch.dtype, torch.device)
 _PLACES = {"_name_or_path", "name_or_path", "_commit_hash"}
 """Of a configuration: where it came from, which makes no difference."""
+_PATIENCE = 120.0
+"""Seconds another process is waited for: one that was forked beside threads can hang."""
 
 
 def kept_trace(facts: Any, make: Callable[[], ir.Model]) -> ir.Model:
     """Return a graph whose weights have no values, traced now if nothing like it was before.
+
+    What another process is tracing at this moment is waited for.
 
     Args:
         facts: All that it hangs on beside tools and code, of what `structure` can tell.
@@ -54,22 +60,41 @@ def kept_trace(facts: Any, make: Callable[[], ir.Model]) -> ir.Model:
         logger.warning("What is traced now cannot be kept: %s", error)
         return make()
     path = cache_directory() / "traces" / f"{key}.onnx"
-    try:
-        if path.exists():
-            return _with_weights(ir.load(path))
-    except (DecodeError, KeyError, ValueError) as error:
-        logger.warning("%s is damaged and made anew (%s)", path, error)
-    model = make()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as beside:
-            written = Path(beside) / path.name
-            ir.save(_without_weights(model), written)
-            written.replace(path)
-    except OSError as error:
-        logger.warning("What was traced cannot be kept in %s, and will be again: %s", path.parent, error)
-        return model
+    with _alone_at(path):
+        try:
+            if path.exists():
+                return _with_weights(ir.load(path))
+        except (DecodeError, KeyError, ValueError) as error:
+            logger.warning("%s is damaged and made anew (%s)", path, error)
+        model = make()
+        try:
+            with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as beside:
+                written = Path(beside) / path.name
+                ir.save(_without_weights(model), written)
+                written.replace(path)
+        except OSError as error:
+            logger.warning("What was traced cannot be kept in %s, and will be again: %s", path.parent, error)
+            return model
     return _with_weights(ir.load(path))
+
+
+@contextmanager
+def _alone_at(path: Path) -> Iterator[None]:
+    """Wait for another process at the same trace, unless it hangs or locks are not to be had here.
+
+    Two at one trace only take longer than one.
+    """
+    lock = FileLock(path.with_suffix(".lock"), timeout=_PATIENCE)
+    with suppress(OSError, NotImplementedError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()
+            lock.release()
 
 
 def _without_weights(model: ir.Model) -> ir.Model:

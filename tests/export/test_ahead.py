@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from export import ahead, lower
+from export import ahead, lower, traces
 from export.ahead import traced_ahead
 from export.denoiser import lower_transformer
 from export.encoders import lower_text_encoder, lower_vae_decoder
@@ -27,8 +29,21 @@ def fresh(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     return open_model(str(path), precision="none")  # transformers leaves hooks in an encoder that ran
 
 
-def wait_for_traces(cache: Path, count: int) -> None:
-    while len(list(cache.glob("traces/*.onnx"))) < count:
+@pytest.fixture
+def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Waits until something is being traced."""
+    original = lower._trace
+
+    def told(*args: Any, **options: Any) -> Any:
+        (tmp_path / "begun").touch()
+        return original(*args, **options)
+
+    monkeypatch.setattr(lower, "_trace", told)
+    return lambda: wait_for(tmp_path, "begun", 1)
+
+
+def wait_for(directory: Path, pattern: str, count: int) -> None:
+    while len(list(directory.glob(pattern))) < count:
         time.sleep(0.05)
 
 
@@ -36,41 +51,37 @@ def test_what_was_traced_ahead_is_not_traced_again(
     fresh: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with traced_ahead(fresh, PARTS, half=False, fused=True):
-        wait_for_traces(tmp_path, NUM_TRACES)
+        wait_for(tmp_path, "traces/*.onnx", NUM_TRACES)
     monkeypatch.setattr(lower, "_trace", None)
     lower_text_encoder(fresh.pipeline.text_encoder, fresh.weights("text_encoder"))
     lower_vae_decoder(fresh.pipeline.vae, fresh.weights("vae"))
     lower_transformer(fresh.mmdit, fresh.weights("transformer"), fused_attention=True)
 
 
-def test_what_is_being_traced_ahead_is_waited_for(
-    fresh: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_trace_that_another_process_is_at_is_waited_for(
+    fresh: Model, begun: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with traced_ahead(fresh, PARTS, half=False, fused=True) as begin:
-        wait_for_traces(tmp_path, 1)
-        begin("transformer")
-    monkeypatch.setattr(lower, "_trace", None)
-    lower_transformer(fresh.mmdit, fresh.weights("transformer"), fused_attention=True)
+    with traced_ahead(fresh, ["vae"], half=False, fused=True):
+        begun()
+        monkeypatch.setattr(lower, "_trace", None)
+        lower_vae_decoder(fresh.pipeline.vae, fresh.weights("vae"))
 
 
 @pytest.mark.timeout(60)
-def test_nobody_waits_for_a_process_that_hangs(
-    fresh: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_process_that_hangs_is_not_waited_for(
+    fresh: Model, begun: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def hang(*_: object, **__: object) -> None:
-        (tmp_path / "begun").touch()
-        time.sleep(3600)
-
-    monkeypatch.setattr(ahead, "_trace", hang)
-    monkeypatch.setattr(ahead, "_PATIENCE", 0.1)
-    with traced_ahead(fresh, PARTS, half=False, fused=True) as begin:
-        while not (tmp_path / "begun").exists():
-            time.sleep(0.05)
-        begin("transformer")
-        assert not multiprocessing.active_children()
+    told = lower._trace
+    monkeypatch.setattr(traces, "_PATIENCE", 0.1)
+    monkeypatch.setattr(lower, "_trace", lambda *args, **options: [told(*args, **options), time.sleep(3600)])
+    with traced_ahead(fresh, ["vae"], half=False, fused=True):
+        begun()
+        monkeypatch.setattr(lower, "_trace", told)
+        lower_vae_decoder(fresh.pipeline.vae, fresh.weights("vae"))
+    assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize(("parts", "worth"), [(PARTS, 10**12), (PARTS[:1], 0)])
+@pytest.mark.parametrize(("parts", "worth"), [(PARTS, 10**12), ([], 0)])
 def test_for_little_no_process_is_started(
     on_disk: Model, monkeypatch: pytest.MonkeyPatch, parts: list[str], worth: int
 ) -> None:

@@ -174,6 +174,11 @@ class Flux(MMDiT):
         return 512
 
     @property
+    def rotary_width(self) -> int:
+        """That of an attention head."""
+        return int(self.transformer.config.attention_head_dim)
+
+    @property
     def embeds_guidance(self) -> bool:
         """True of `dev`."""
         return bool(self.transformer.config.guidance_embeds)

@@ -110,8 +110,8 @@ class MMDiT(ABC):
 
     @property
     def rotary_width(self) -> int:
-        """Of the rotary embedding; it has the width of an attention head."""
-        return int(self.transformer.config.attention_head_dim)
+        """Of the rotary embedding that blocks are given; 0 where they are given none."""
+        return 0
 
     @property
     def embeds_guidance(self) -> bool:
