@@ -93,15 +93,6 @@ BENCHMARKS = (
         quick=True,
     ),
     Benchmark(
-        name="quality",
-        question="Which method loses least, at which ratio, after how many steps?",
-        measure=("run",),
-        table="table",
-        page="quality.md",
-        quick=False,
-        resumes_in=("quality",),
-    ),
-    Benchmark(
         name="scale_export",
         question="What does an export of 6 to 8 billion parameters take, beside the ordinary way?",
         measure=("make", "run"),
@@ -134,5 +125,14 @@ BENCHMARKS = (
         table="table",
         page="fit.md",
         quick=False,
+    ),
+    Benchmark(
+        name="quality",
+        question="Which method loses least, at which ratio, after how many steps?",
+        measure=("run",),
+        table="table",
+        page="quality.md",
+        quick=False,
+        resumes_in=("quality",),
     ),
 )
