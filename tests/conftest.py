@@ -16,6 +16,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from hypothesis import HealthCheck, settings
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
@@ -23,6 +24,10 @@ from toolchain.families import GenerationDefaults, Model, open_model
 from toolchain.families.view import save_model
 from toolchain.shapes.model import ShapesConfig, build_pipeline, build_tokenizer, build_vae
 from toolchain.trajectories import States, sample_states
+
+# A test says what is right, not how fast a machine is.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 _LONG = ("test_end_to_end.py", "test_launch.py", "test_processes.py", "test_damaged.py", "test_bundle.py")
 

@@ -52,7 +52,7 @@ def reference(
 
 @pytest.mark.parametrize("spacing", ["train_range", "unit"])
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(num_steps=st.integers(1, 100), image_seq_len=st.integers(4, 9216))
 def test_sigmas_are_those_of_diffusers(
     options: dict, spacing: Any, num_steps: int, image_seq_len: int

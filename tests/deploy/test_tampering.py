@@ -285,7 +285,7 @@ def test_a_manifest_that_was_changed_is_refused_or_means_what_it_says(
     text = (path / MANIFEST).read_text()
     opened = []
 
-    @settings(max_examples=1000, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=1000, database=None, derandomize=True)
     @given(mutated(text, str(tmp_path / "canary")))
     def check(content: bytes) -> None:
         opened.append(require_refused_or_the_same(path, content))

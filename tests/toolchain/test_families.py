@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -199,7 +199,7 @@ def test_a_removed_component_contributes_as_its_semantics_say_and_leaves_no_para
     check_removal(view(name), [Unit(index, component) for component in names], semantics)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_removal_is_what_it_says(data: st.DataObject) -> None:
     own = view(data.draw(st.sampled_from(VIEWS)))
@@ -213,7 +213,7 @@ def test_any_removal_is_what_it_says(data: st.DataObject) -> None:
         check_removal(own, removed, data.draw(st.sampled_from(["zero", "identity"])))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_removing_in_two_goes_is_removing_at_once(data: st.DataObject) -> None:
     own = view(data.draw(st.sampled_from(VIEWS)))

@@ -112,7 +112,7 @@ def test_every_word_of_the_grammar_is_one_token() -> None:
 
 
 @given(st.integers(0, 2**32), st.sampled_from(TASKS))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_scene_of_any_seed_fits_its_caption_in_any_order_and_renders_alike_twice(
     seed: int, task: str
 ) -> None:
