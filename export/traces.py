@@ -80,14 +80,16 @@ def kept_trace(facts: Any, make: Callable[[], ir.Model]) -> ir.Model:
 
 @contextmanager
 def _alone_at(path: Path) -> Iterator[None]:
-    """Wait for another process at the same trace, unless it hangs or locks are not to be had here.
+    """Wait for another process at the same trace; where it hangs or no lock is to be had, say so and go on.
 
     Two at one trace only take longer than one.
     """
     lock = FileLock(path.with_suffix(".lock"), timeout=_PATIENCE)
-    with suppress(OSError, NotImplementedError):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        logger.warning("%s may be traced by two processes at once: %s", path, error)
     try:
         yield
     finally:
