@@ -126,13 +126,13 @@ class Cell:
 
 
 def cells(seeds: int) -> Iterator[Cell]:
-    """All of them: the table of each seed, then what each has at equal time, then the variants."""
+    """All of them, one seed after the other, as its students share their states and what was analysed:
+    the table, then what some have at equal time, then the variants.
+    """
     for seed in range(seeds):
         yield Cell(ORIGINAL, 0.0, seed, "steps")
         yield from (Cell(method, ratio, seed, "steps") for ratio in RATIOS for method in METHODS)
-    for seed in range(seeds):
         yield from (Cell(method, ratio, seed, "time") for ratio in RATIOS for method in TIMED)
-    for seed in range(seeds):
         yield from (Cell(method, VARIANT_RATIO, seed, "steps") for method in VARIANTS)
 
 
