@@ -1,11 +1,12 @@
 """Measure everything, and write every table in docs/ from what was measured.
 
     python -m benchmarks quick      # what half an hour on two cores allows: `make bench`
-    python -m benchmarks full       # all of it, most of a day and 90 GB of disk: `make bench-full`
+    python -m benchmarks full       # all of it, most of a day and 45 GB of disk: `make bench-full`
     python -m benchmarks tables     # the pages alone, from results/*.json
 
 What has been measured with the code as it is is not measured again, so a run that was stopped goes on when
-the same command is given; `--again` measures all anew. Leave the machine alone meanwhile.
+the same command is given; `--again` measures all anew. One that fails keeps no other from being measured, and
+is said at the end. Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
@@ -104,11 +105,16 @@ def _measure(chosen: list[Benchmark], *, again: bool) -> None:
             for command in item.measure:
                 _call(item, command)
             state[item.name]["finished"] = True
+        except subprocess.CalledProcessError as failure:
+            print(f"{item.name}: {failure}", file=sys.stderr, flush=True)
         finally:
             state[item.name]["seconds"] += time.perf_counter() - started
             write_json(STATE, state)
     tables()
     _show(chosen, state)
+    if failed := [item.name for item in chosen if not state[item.name]["finished"]]:
+        print(f"failed, and measured when this is run again: {', '.join(failed)}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _show(chosen: list[Benchmark], state: dict[str, Any]) -> None:

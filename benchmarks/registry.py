@@ -95,7 +95,7 @@ BENCHMARKS = (
     Benchmark(
         name="scale_export",
         question="What does an export of 6 to 8 billion parameters take, beside the ordinary way?",
-        measure=("make", "run"),
+        measure=("run",),
         table="table",
         page="scale.md",
         quick=False,

@@ -1,13 +1,12 @@
 """What it takes to bring transformers of 6 and 8 billion parameters from a checkpoint to a device.
 
-    python -m benchmarks.scale_export make          # the checkpoints, 40 GB, once
     python -m benchmarks.scale_export run           # measure what is missing; stop and start it at will
     python -m benchmarks.scale_export table         # docs/scale.md from what was measured
 
 Every row runs in processes of its own, which are watched: `hptool export`, an engine's build, a step of
 denoising. Weights are random, with the geometry of the published models less the removed blocks; time, memory
-and bytes depend on that alone. Checkpoints, bundles and caches go into `--scratch`, which has to hold 90 GB.
-Leave the machine alone meanwhile.
+and bytes depend on that alone. Checkpoints, bundles and caches go into `--scratch`, which has to hold 45 GB:
+those of a model are removed when all of it is measured. Leave the machine alone meanwhile.
 
 The ordinary way (benchmarks/ordinary.py) is tried at falling depths until one survives, and `hptool export`
 is measured on that same model.
@@ -23,7 +22,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -137,6 +136,12 @@ class Place:
     def forget(self) -> None:
         """Have the next command begin from nothing."""
         shutil.rmtree(self.environment["HPTOOL_CACHE"], ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove all there is."""
+        self.forget()
+        for path in (self.checkpoint, self.bundle, self.half_bundle):
+            shutil.rmtree(path, ignore_errors=True)
 
     @property
     def weight_files(self) -> list[Path]:
@@ -394,17 +399,6 @@ Models = Annotated[list[str] | None, typer.Option("--model", help="Only these; m
 
 
 @app.command()
-def make(scratch: Scratch = DEFAULT_SCRATCH, models: Models = None) -> None:
-    """Write the checkpoints that are missing."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    for model in models or SUBJECTS:
-        place = place_of(scratch, model)
-        if not place.checkpoint.exists():
-            _make(model, place.checkpoint)
-            print(f"made {model}", flush=True)
-
-
-@app.command()
 def run(
     scratch: Scratch = DEFAULT_SCRATCH,
     results: Annotated[Path, typer.Option(help="Where the numbers go.")] = RESULTS,
@@ -412,33 +406,46 @@ def run(
     rows: Annotated[
         list[str] | None, typer.Option("--row", help="Only these, anew if they are there; may repeat.")
     ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Remove neither checkpoints nor bundles.")] = False,
 ) -> None:
     """Measure every row that is missing."""
     known = (*MEASURES, ORDINARY)
     for name in rows or ():
         if name not in known:
             raise typer.BadParameter(f"there is no row {name!r}; there are {', '.join(known)}")
-    found = load(results)
+    scratch.mkdir(parents=True, exist_ok=True)
+    found, failed = load(results), list[str]()
 
     def record(into: Row, name: str, title: str, measure: Callable[[], Row]) -> None:
-        if name not in (rows or known) or (rows is None and into.get(name) is not None):
-            return
         print(title, flush=True)
         try:
             into[name] = measure() | {"machine": _machine()}
-        except MeasurementError as failure:
-            # Other rows may not need this one, and what is not there is measured the next time.
+        except MeasurementError as failure:  # other rows may not need this one
             print(f"  {failure}", flush=True)
+            failed.append(title)
         else:
             write_json(results, found)
 
+    def missing(own: Row, names: Iterable[str]) -> list[str]:
+        return [name for name in names if (name in rows if rows else own.get(name) is None)]
+
     for model in models or SUBJECTS:
-        own = found["rows"].setdefault(model, {})
-        for name in SUBJECTS[model].rows if model in SUBJECTS else MEASURES:
-            measure = MEASURES[name]
-            record(own, name, f"{model}: {name}", partial(measure, place_of(scratch, model)))
-    ordinary = partial(measure_ordinary, scratch, ORDINARY_MODEL, ORDINARY_DEPTHS, 64)
-    record(found, ORDINARY, "the ordinary way", ordinary)
+        place, own = place_of(scratch, model), found["rows"].setdefault(model, {})
+        names = SUBJECTS[model].rows if model in SUBJECTS else tuple(MEASURES)
+        if chosen := missing(own, names):
+            if not place.checkpoint.exists():
+                print(f"{model}: its checkpoint", flush=True)
+                _make(model, place.checkpoint)
+            for name in chosen:
+                record(own, name, f"{model}: {name}", partial(MEASURES[name], place))
+        if not keep and set(names) <= set(own):
+            place.clear()
+    if missing(found, (ORDINARY,)):
+        ordinary = partial(measure_ordinary, scratch, ORDINARY_MODEL, ORDINARY_DEPTHS, 64)
+        record(found, ORDINARY, "the ordinary way", ordinary)
+    if failed:
+        print(f"not measured: {', '.join(failed)}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from benchmarks import scale_export
 from benchmarks.scale_export import GB, GIB, MeasurementError, page, run
@@ -96,6 +98,10 @@ def test_only_what_is_missing_is_measured_and_failures_are_not_kept(
 ) -> None:
     asked = []
 
+    def make(model: str, directory: Path) -> None:
+        directory.mkdir()
+        asked.append(("make", model))
+
     def succeed(place: scale_export.Place) -> dict[str, Any]:
         asked.append(("export", place.name))
         return {"value": 1}
@@ -104,18 +110,29 @@ def test_only_what_is_missing_is_measured_and_failures_are_not_kept(
         asked.append(("step", place.name))
         raise MeasurementError("no")
 
+    monkeypatch.setattr(scale_export, "_make", make)
     monkeypatch.setattr(scale_export, "MEASURES", {"export": succeed, "step": fail})
     monkeypatch.setattr(scale_export, "measure_ordinary", lambda *_: {"blocks": 4})
-    results = tmp_path / "results.json"
+    results, checkpoint = tmp_path / "results.json", tmp_path / "tiny"
+    measure = partial(run, scratch=tmp_path, results=results, models=["tiny"], rows=None, keep=False)
     for _ in range(2):
-        run(scratch=tmp_path, results=results, models=["tiny"], rows=None)
-    assert asked == [("export", "tiny"), ("step", "tiny"), ("step", "tiny")]
-    run(scratch=tmp_path, results=results, models=["tiny"], rows=["export"])
-    assert asked[3:] == [("export", "tiny")]
+        with pytest.raises(typer.Exit) as ended:
+            measure()
+        assert ended.value.exit_code == 1
+        assert checkpoint.exists()  # what is not measured yet needs it
+    assert asked == [("make", "tiny"), ("export", "tiny"), ("step", "tiny"), ("step", "tiny")]
+    measure(rows=["export"])
+    assert asked[4:] == [("export", "tiny")]
     found = read_json(results)
     assert set(found["rows"]["tiny"]) == {"export"}
     assert found["rows"]["tiny"]["export"]["value"] == found["ordinary"]["blocks"] - 3 == 1
     assert found["ordinary"]["machine"]["cores"] > 0
+
+    monkeypatch.setitem(scale_export.MEASURES, "step", succeed)
+    measure(keep=True)
+    assert checkpoint.exists()
+    measure()
+    assert not checkpoint.exists()
 
 
 def test_the_ordinary_way_is_tried_at_falling_depths_until_it_survives(
