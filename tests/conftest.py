@@ -9,6 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -175,6 +183,22 @@ def tiny(tiny_path: Path) -> Model:
 @pytest.fixture(scope="session")
 def states(tiny_path: Path) -> States:
     return sample_states(open_model(str(tiny_path)), ["a red circle", "two squares"], seed=0)
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `private.pem`, the same encrypted, and `public.pem`; and a stranger's pair."""
+    directory = tmp_path_factory.mktemp("keys")
+    for prefix in ("", "strangers-"):
+        key = ec.generate_private_key(ec.SECP256R1())
+        form = Encoding.PEM, PrivateFormat.PKCS8
+        (directory / f"{prefix}private.pem").write_bytes(key.private_bytes(*form, NoEncryption()))
+        (directory / f"{prefix}encrypted.pem").write_bytes(
+            key.private_bytes(*form, BestAvailableEncryption(b"secret"))
+        )
+        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        (directory / f"{prefix}public.pem").write_bytes(public)
+    return directory
 
 
 _TENSORRT = """import tensorrt_rtx

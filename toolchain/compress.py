@@ -134,6 +134,14 @@ class Outcome:
     """The last one is the student."""
 
 
+def needs_prompts(decision: Decision, analysis: Path | None) -> bool:
+    """Whether `decide` measures anything: to choose by hand or by chance takes no analysis."""
+    if decision.rule == "hpp-iterative":
+        return True
+    chosen = decision.rule in ("manual", "random") and decision.strengths in ("none", "pwp")
+    return analysis is None and not chosen
+
+
 def decide(
     model: Model,
     decision: Decision,
@@ -148,7 +156,7 @@ def decide(
     Args:
         model: The teacher.
         decision: How.
-        prompts: To measure on.
+        prompts: To measure on; none where `needs_prompts` says so.
         analysis: A finished analysis, to be used in place of a new one.
         work: As `analyze` takes it.
         bar: Starts progress bars.
@@ -167,7 +175,7 @@ def decide(
                 f"{analysis} is an analysis of {sensitivity.model}, another model than {model.source} "
                 "or one that was to paint in another size; analyse this one"
             )
-    elif rule in ("manual", "random") and decision.strengths in ("none", "pwp"):
+    elif not needs_prompts(decision, analysis):
         sensitivity = unmeasured(model.source, geometry, decision.semantics)
     else:
         total = num_units(model, Velocity(), prompts, seeds=seeds)

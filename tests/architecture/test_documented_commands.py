@@ -18,9 +18,8 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
 
-def commands(document: Path) -> Iterator[str]:
-    """Lines of code blocks, indented or fenced, that run hptool."""
-    text = document.read_text(encoding="utf-8")
+def commands(text: str) -> Iterator[str]:
+    """Lines of a document's code blocks, indented or fenced, that run hptool."""
     fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     indented = re.findall(r"^ {4}(.*)$", text, re.MULTILINE)
     for line in (*"".join(fenced).splitlines(), *indented):
@@ -46,7 +45,7 @@ def parse(words: list[str]) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_in_documents_are_ones_there_are(document: Path) -> None:
-    for line in commands(document):
+    for line in commands(document.read_text(encoding="utf-8")):
         words = shlex.split(line, comments=True)[1:]
         try:
             parse(words)

@@ -19,14 +19,6 @@ import numpy as np
 import onnx
 import pytest
 import uvicorn
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    BestAvailableEncryption,
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-)
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import models, pre_tokenizers, processors
@@ -122,22 +114,6 @@ def make_bundle(parts: Path, tmp_path: Path) -> MakeBundle:
         return path
 
     return make
-
-
-@pytest.fixture(scope="session")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with `private.pem`, the same encrypted, and `public.pem`; and a stranger's pair."""
-    directory = tmp_path_factory.mktemp("keys")
-    for prefix in ("", "strangers-"):
-        key = ec.generate_private_key(ec.SECP256R1())
-        form = Encoding.PEM, PrivateFormat.PKCS8
-        (directory / f"{prefix}private.pem").write_bytes(key.private_bytes(*form, NoEncryption()))
-        (directory / f"{prefix}encrypted.pem").write_bytes(
-            key.private_bytes(*form, BestAvailableEncryption(b"secret"))
-        )
-        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-        (directory / f"{prefix}public.pem").write_bytes(public)
-    return directory
 
 
 @pytest.fixture(scope="session")

@@ -242,12 +242,9 @@ def test_the_same_seed_gives_the_same_student(tiny_path: Path, monkeypatch: pyte
     assert (Path("a") / weights).read_bytes() == (Path("b") / weights).read_bytes()
 
 
-def test_a_model_of_another_world_needs_prompts(
-    tiny_path: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture
+def other(tiny_path: Path, tmp_path: Path) -> str:
+    """A model that nobody has captions for."""
     model = tmp_path / "other"
     model.mkdir()
     for part in tiny_path.iterdir():
@@ -255,12 +252,28 @@ def test_a_model_of_another_world_needs_prompts(
     defaults = read_json(model / "generation_defaults.json") | {"world": None}
     (model / "generation_defaults.json").unlink()
     (model / "generation_defaults.json").write_text(json.dumps(defaults))
-    assert hptool(monkeypatch, "compress", "other", *TINY) == 2
+    return model.name
+
+
+def test_a_model_of_another_world_needs_prompts(
+    other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hptool(monkeypatch, "compress", other, *TINY) == 2
     assert "--prompts FILE" in capsys.readouterr().err
 
     Path("prompts.txt").write_text("\n".join(f"a picture of {index} cats" for index in range(40)))
-    assert hptool(monkeypatch, "compress", "other", *TINY, "--prompts", "prompts.txt", "--json") == 0
+    assert hptool(monkeypatch, "compress", other, *TINY, "--prompts", "prompts.txt", "--json") == 0
     assert [stage["score"] for stage in json.loads(capsys.readouterr().out)["stages"]] == [None] * 3
+
+
+def test_what_is_chosen_by_hand_is_planned_without_prompts(
+    other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hptool(monkeypatch, "plan", other, "--remove", "2-3") == 0
+    assert read_json(Path("other-plan.json"))["removed"] == ["2", "3"]
+    capsys.readouterr()
+    assert hptool(monkeypatch, "plan", other, "--remove", "2-3", "--strengths", "sgdistill") == 2
+    assert "--prompts FILE" in capsys.readouterr().err
 
 
 def test_the_teacher_on_disk_stays_as_it_is(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

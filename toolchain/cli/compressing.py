@@ -200,7 +200,7 @@ def plan(
     if model.endswith(".json"):
         made = plan_from_json(read_json(Path(model)))
     else:
-        from toolchain.compress import analysis_prompts, decide
+        from toolchain.compress import analysis_prompts, decide, needs_prompts
 
         if device is not None:
             use_device(device)
@@ -218,7 +218,9 @@ def plan(
             (rule, remove, strengths, semantics, num_prompts, seed),
         )
         with bars() as bar:
-            texts = analysis_prompts(opened, prompts, decision.prompts, seed=seed)
+            texts = []
+            if needs_prompts(decision, analysis):
+                texts = analysis_prompts(opened, prompts, decision.prompts, seed=seed)
             _, made = decide(opened, decision, texts, analysis=analysis, bar=bar)
         path = output or Path(f"{name_of(model)}-plan.json")
         if processes().is_first:

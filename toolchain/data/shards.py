@@ -247,9 +247,10 @@ class Precomputed:
         if model.defaults.max_sequence_length != facts.max_sequence_length:
             differing.append("max_sequence_length")
         if differing:
+            baked = ", the same --lora and the same --precision" if model.adapters else ""
             raise ToolchainError(
                 f"{self.directory} was precomputed with {facts.model}: its {', '.join(differing)} "
-                f"differ from that of {model.source}; precompute the data with this model"
+                f"differ from that of {model.source}; precompute the data with this model{baked}"
             )
 
 
