@@ -5,7 +5,7 @@
 
 Every row runs in processes of its own, which are watched: `hptool export`, an engine's build, a step of
 denoising. Weights are random, with the geometry of the published models less the removed blocks; time, memory
-and bytes depend on that alone. Checkpoints, bundles and caches go into `--scratch`, which has to hold 45 GB:
+and bytes depend on that alone. Checkpoints, bundles and caches go into `--scratch`, which has to hold 60 GB:
 those of a model are removed when all of it is measured. Leave the machine alone meanwhile.
 
 The ordinary way (benchmarks/ordinary.py) is tried at falling depths until one survives, and `hptool export`
@@ -369,7 +369,9 @@ def _parity(bundle: Path) -> list[Row]:
 
 def _require(bundle: Path) -> None:
     if not bundle.exists():
-        raise MeasurementError(f"{bundle} is not there; measure the row `export` again")
+        raise MeasurementError(
+            f"{bundle} is not there; measure the row `export` in the same command, or before it with --keep"
+        )
 
 
 def _machine() -> Row:

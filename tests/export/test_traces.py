@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from export import lower
+from export import lower, traces
 from export.errors import ExportError
 from export.lower import trace, without_weights
 from export.traces import structure
@@ -48,6 +48,25 @@ def test_modules_that_differ_in_weights_alone_are_traced_once(traced: list[str])
     first, second = graph_of(nn.Linear(4, 5)), graph_of(nn.Linear(4, 5))
     assert traced == ["Linear"]
     assert ir.to_proto(first.clone()).graph.node == ir.to_proto(second.clone()).graph.node
+
+
+@pytest.mark.parametrize("reason", [NotImplementedError("no flock here"), TimeoutError("held by another")])
+def test_a_trace_that_cannot_be_locked_is_made_and_kept_and_that_is_said(
+    reason: Exception,
+    traced: list[str],
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def acquire(*_: object, **__: object) -> None:
+        raise reason
+
+    monkeypatch.setattr(traces.FileLock, "acquire", acquire)
+    first, second = graph_of(nn.Linear(4, 5)), graph_of(nn.Linear(4, 5))
+    assert traced == ["Linear"]
+    assert ir.to_proto(first.clone()).graph.node == ir.to_proto(second.clone()).graph.node
+    assert [path.suffix for path in directory.iterdir()] == [".onnx"]
+    assert f"by two processes at once: {reason}" in caplog.text
 
 
 def test_what_was_kept_lacks_values_and_remembers_how_weights_lie(traced: list[str]) -> None:
