@@ -4,14 +4,15 @@
     python -m benchmarks full       # all of it, most of a day and 60 GB of disk: `make bench-full`
     python -m benchmarks tables     # the pages alone, from results/*.json
 
-What has been measured with the code as it is is not measured again, so a run that was stopped goes on when
-the same command is given; `--again` measures all anew. One that fails keeps no other from being measured, and
-is said at the end. Leave the machine alone meanwhile.
+What has been measured with the code as it is, the tool's and the benchmark's own, is not measured again, so a
+run that was stopped goes on when the same command is given; `--again` measures all anew. One that fails keeps
+no other from being measured, and is said at the end. Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -87,11 +88,10 @@ def page() -> str:
 
 
 def _measure(chosen: list[Benchmark], *, again: bool) -> None:
-    code = _digest_of_code()
     state: dict[str, Any] = read_json(STATE) if STATE.exists() else {}
     STATE.parent.mkdir(exist_ok=True)
     for item in chosen:
-        known = state.get(item.name, {})
+        known, code = state.get(item.name, {}), digest_of_code(item.name)
         if known.get("code") == code and known.get("finished") and not again:
             print(f"{item.name}: measured already, in {known['seconds']:.0f} s", flush=True)
             continue
@@ -130,11 +130,24 @@ def _call(item: Benchmark, command: str) -> None:
     subprocess.run(words, cwd=ROOT, check=True)
 
 
-def _digest_of_code() -> str:
+def digest_of_code(name: str, root: Path = ROOT) -> str:
+    """Of the tool and of one benchmark: of every module of benchmarks that one of its own names.
+
+    They run each other as commands, too, so that to name one, in whatever way, is to depend on it.
+    """
+    packages = ("toolchain", "export", "deploy", "profiles")
+    paths = {path for package in packages for path in (root / package).rglob("*.py")}
+    waiting = [root / "benchmarks" / f"{name}.py"]
+    while waiting:
+        path = waiting.pop()
+        if path not in paths and path.is_file():
+            paths.add(path)
+            text = path.read_text(encoding="utf-8")
+            for named in re.findall(r"benchmarks(?:[./]| import )([\w, ]+)", text):
+                waiting += [path.with_name(f"{word}.py") for word in re.findall(r"\w+", named)]
     total = hashlib.sha256()
-    for package in ("toolchain", "export", "deploy", "profiles", "benchmarks"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            total.update(path.read_bytes())
+    for path in sorted(paths):
+        total.update(path.read_bytes())
     return total.hexdigest()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ import typer
 from rich.filesize import decimal
 
 from benchmarks.machine import machine
+from benchmarks.synthetic import write_student
 from benchmarks.watch import Watched, watch
 from deploy.engine import build_memory_bytes
 from export.components import Precision
@@ -37,10 +39,10 @@ SIDES = (64, 96, 128)
 """Pixels of the pictures of `shapes`; it makes none larger."""
 PROMPT = "a red circle left of a blue square"
 FULL_SIZE = {
-    "SD3.5-Large-Turbo": ("sd35", "sd3.5-large-turbo-pruned"),
-    "FLUX.1-schnell": ("flux", "flux.1-schnell-pruned"),
+    "SD3.5-Large-Turbo": "sd3.5-large-turbo-pruned",
+    "FLUX.1-schnell": "flux.1-schnell-pruned",
 }
-"""Directories of benchmarks/scale_export.py in its scratch, and what it calls them."""
+"""What benchmarks/scale_export.py calls them."""
 MODELS = {
     "SD3.5-Large-Turbo": ("stabilityai/stable-diffusion-3.5-large-turbo", "25-28,31-34"),
     "FLUX.1-schnell": ("black-forest-labs/FLUX.1-schnell", "11-13,15-17,44-49,51-55"),
@@ -53,7 +55,7 @@ def check(
     scratch: Annotated[Path, typer.Option(help="That of benchmarks/scale_export.py.")] = Path("build/scale"),
 ) -> None:
     """Compare predictions with measurements on this machine."""
-    rows = [*_shapes(scratch / "shapes-bundle"), *_full_size(scratch)]
+    rows = [*_shapes(scratch / "shapes-bundle"), *_full_size(read_json(SCALE)["rows"])]
     write_json(RESULTS, {"schema_version": 1, "machine": machine(), "rows": rows})
     for row in rows:
         print(f"{row['what']:60} {row['measured']:>14,} {row['predicted'] / row['measured']:.3f}")
@@ -125,7 +127,8 @@ def _shapes(bundle: Path) -> list[dict[str, Any]]:
         _succeeded(watch([*_hptool("export"), "shapes", "-t", "cpu-x86", "-t", "rtx4090", "-o", str(bundle)]))
     model = open_model("shapes", precision="none")
     size = ModelSize(model)
-    rows = [_weights("shapes, weights of the transformer", model, bundle)]
+    stored = (bundle / "transformer" / WEIGHTS).stat().st_size
+    rows = [_weights("shapes, weights of the transformer", model, stored)]
     for side in SIDES:
         options = [
             "--runtime",
@@ -147,32 +150,33 @@ def _shapes(bundle: Path) -> list[dict[str, Any]]:
     return [*rows, {"what": "shapes, building an engine", "predicted": expected, "measured": built}]
 
 
-def _full_size(scratch: Path) -> list[dict[str, Any]]:
-    known, rows = read_json(SCALE)["rows"], []
-    for name, (directory, subject) in FULL_SIZE.items():
+def _full_size(known: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for name, subject in FULL_SIZE.items():
         source, removed = MODELS[name]
         model = open_model(source, precision="config")
         pruned = model.without_units(parse_units(removed, model.geometry))
         size, what = ModelSize(pruned), f"{name} without {removed}"
-        rows.append(_weights(f"{what}, weights of the transformer", pruned, scratch / f"{directory}-bundle"))
+        stored = known[subject]["export"]["transformer_bytes"]
+        rows.append(_weights(f"{what}, weights of the transformer (measured with its graph)", pruned, stored))
         expected = build_memory_bytes(size.parts["transformer"].stored[4], size.num_nodes)
         built = known[subject]["engine"]["peak_bytes"]
         rows.append({"what": f"{what}, building an engine", "predicted": expected, "measured": built})
-        if (scratch / directory).exists():  # its text encoders have hardly any depth
-            size = ModelSize(open_model(str(scratch / directory), precision="config"))
-            peak = known[subject]["run"]["peak_bytes"]
-            rows.append(_run(f"{what}, `hptool run` at 256 × 256", size, 256, peak))
+        peak = known[subject]["run"]["peak_bytes"]
+        rows.append(_run(f"{what}, `hptool run` at 256 × 256", _measured_size(subject), 256, peak))
     return rows
 
 
-def _weights(what: str, model: Model, bundle: Path) -> dict[str, Any]:
+def _measured_size(subject: str) -> ModelSize:
+    """Of what was measured at full size: its text encoders have hardly any depth."""
+    with tempfile.TemporaryDirectory() as directory:
+        write_student(Path(directory) / subject, subject, weights=False)
+        return ModelSize(open_model(f"{directory}/{subject}", precision="config"))
+
+
+def _weights(what: str, model: Model, measured: int) -> dict[str, Any]:
     precision = Precision(bits=4, group_size=64, half=False, weights={})
-    predicted = stored_bytes(model, "transformer", precision)
-    return {
-        "what": what,
-        "predicted": predicted,
-        "measured": (bundle / "transformer" / WEIGHTS).stat().st_size,
-    }
+    return {"what": what, "predicted": stored_bytes(model, "transformer", precision), "measured": measured}
 
 
 def _run(what: str, size: ModelSize, side: int, measured: int) -> dict[str, Any]:

@@ -210,6 +210,7 @@ def write_student(
     blocks: int | None = None,
     seed: int = 0,
     shard_bytes: int = SHARD_BYTES,
+    weights: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write a pipeline directory that `open_model` takes.
@@ -220,6 +221,7 @@ def write_student(
         blocks: Keep so many of the student's blocks, spread evenly over its depth, and no others.
         seed: Of all weights; a tensor's do not depend on which others there are.
         shard_bytes: Most bytes of tensors in a file.
+        weights: Whether what is large has any; without, `open_model` takes the configuration alone.
         progress: Called with bytes written and bytes in all.
 
     Raises:
@@ -232,7 +234,8 @@ def write_student(
     shown = progress or (lambda *_: None)
     with new_directory(directory) as path:
         transformer.save_config(path / "transformer")
-        write_weights(path / "transformer", transformer, _STEM, seed, shard_bytes, shown)
+        if weights:
+            write_weights(path / "transformer", transformer, _STEM, seed, shard_bytes, shown)
         _write_small_parts(path, student, seed)
         if student.t5 is not None:
             part = path / "text_encoder_3"
@@ -241,7 +244,8 @@ def write_student(
                 t5 = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", dtype="bfloat16", **student.t5))
             t5.config.architectures = [type(t5).__name__]
             t5.config.save_pretrained(part)
-            write_weights(part, t5, "model", seed, shard_bytes, shown)
+            if weights:
+                write_weights(part, t5, "model", seed, shard_bytes, shown)
 
 
 def skeleton(student: Student, blocks: int | None = None) -> Any:
