@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from toolchain.errors import ToolchainError
@@ -24,13 +24,13 @@ _WAYS = ("NO", "MULTI_GPU", "FSDP", "DEEPSPEED")
 _LAUNCHED, _LAST_WORDS = "HPTOOL_LAUNCHED", "TORCHELASTIC_ERROR_FILE"
 
 
-def launch(config: Path, arguments: Sequence[str], checkpoints: Path) -> tuple[str, int] | None:
+def launch(config: Path, arguments: Sequence[str], kept: Callable[[], str]) -> tuple[str, int] | None:
     """Run `hptool ARGUMENTS` in the processes that a configuration of accelerate asks for, to their end.
 
     Args:
         config: As `accelerate config` writes it.
         arguments: Of the command line.
-        checkpoints: Somewhere in this directory lies what a run that is cut short goes on from.
+        kept: Says what is left of a run that was cut short, and what to do.
 
     Returns:
         What a process that ended by itself has to say, and its exit code; None if all is done.
@@ -82,12 +82,7 @@ def launch(config: Path, arguments: Sequence[str], checkpoints: Path) -> tuple[s
     rank, (code, words) = min(ended.items(), key=lambda item: (item[1][0] in late, item[1][0] > 0, item[0]))
     if words is not None:
         return words, code
-    saved = sorted(checkpoints.rglob("step-*.safetensors"))
-    raise ToolchainError(
-        f"process {rank} {_manner(code)}, and with it the run. "
-        + (f"{saved[-1]} is the last state that was saved" if saved else "No state had been saved yet")
-        + "; once the cause is mended, the same command goes on from there"
-    )
+    raise ToolchainError(f"process {rank} {_manner(code)}, and with it the run. {kept()}")
 
 
 def leave_last_words(message: str) -> bool:

@@ -49,6 +49,13 @@ def test_it_opens_without_its_weights(written: Path) -> None:
     assert set(weights) == set(model.pipeline.transformer.state_dict())
 
 
+def test_its_configuration_can_be_had_alone(written: Path, tmp_path: Path) -> None:
+    write_student(tmp_path / "model", written.name, weights=False)
+    assert not weights_of(tmp_path / "model")
+    configured = open_model(str(tmp_path / "model"), precision="config")
+    assert configured.geometry == open_model(str(written), precision="none").geometry
+
+
 def test_the_index_names_each_tensors_shard(written: Path) -> None:
     (index,) = written.glob("transformer/*.index.json")
     stored = json.loads(index.read_text())

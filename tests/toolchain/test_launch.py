@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
+from toolchain import cli
 from toolchain.artifacts import read_json
 from toolchain.errors import ToolchainError
 from toolchain.history import HISTORY_FILE
@@ -116,7 +117,7 @@ def test_a_killed_process_ends_a_run_with_one_error_and_three_machines_end_it_as
 
 def test_a_configuration_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ToolchainError, match=r"there is no accelerate configuration .*two\.yaml"):
-        launch(tmp_path / "two.yaml", [], tmp_path)
+        launch(tmp_path / "two.yaml", [], str)
     for text, said in {
         TWO.replace("num_processes", "num_proceses"): "num_proceses",
         TWO.replace(
@@ -127,4 +128,31 @@ def test_a_configuration_that_is_none_is_refused(tmp_path: Path) -> None:
     }.items():
         (tmp_path / "two.yaml").write_text(text, encoding="utf-8")
         with pytest.raises(ToolchainError, match=rf"accelerate cannot launch what .* asks for: .*{said}"):
-            launch(tmp_path / "two.yaml", [], tmp_path)
+            launch(tmp_path / "two.yaml", [], str)
+
+
+@pytest.mark.parametrize(
+    "command", [("analyze", "--pairs"), ("plan", "--ratio=0.2"), ("compress", "--steps=3")]
+)
+def test_a_command_is_given_on_to_processes_and_what_they_say_last_is_said(
+    command: tuple[str, ...],
+    tiny_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [command[0], str(tiny_path), *command[1:], f"--output={tmp_path / 'out'}"]
+    launched = []
+
+    def launch(config: Path, arguments: list[str], kept: Callable[[], str]) -> tuple[str, int]:
+        launched.append((config, arguments, "command" in kept()))
+        return "the one that ended", 75
+
+    monkeypatch.setattr("toolchain.launch.launch", launch)
+    monkeypatch.setattr(sys, "argv", ["hptool", *given[:2], "--accelerate-config", "two.yaml", *given[2:]])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 75
+    assert capsys.readouterr().err == "the one that ended\n"
+    assert launched == [(Path("two.yaml"), given, True)]
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -79,6 +80,10 @@ Lora = Annotated[
         help="A LoRA adapter to bake in first, FILE.safetensors or a hub id, with :SCALE behind; may repeat.",
     ),
 ]
+AccelerateConfig = Annotated[
+    Path | None,
+    typer.Option(help="Of `accelerate config`: do it in the processes it asks for."),
+]
 OfGrain = Annotated[Grain, typer.Option(help="What the rule hpp-iterative removes.")]
 
 
@@ -126,9 +131,15 @@ def analyze(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory; of an earlier run, to go on with it.")
     ] = None,
+    accelerate_config: AccelerateConfig = None,
     as_json: Json = False,
 ) -> None:
     """Measure how much every block and component matters."""
+    directory = output or Path(f"{name_of(model)}-analysis")
+    rest = f"Once the cause is mended, the same command goes on with what {directory} holds"
+    if _launched(accelerate_config, lambda: rest):
+        return
+
     from toolchain.analysis import analyze as measure
     from toolchain.analysis import num_units
     from toolchain.artifacts import write_json
@@ -143,7 +154,6 @@ def analyze(
     opened = _open(model, precision, lora)
     texts = analysis_prompts(opened, prompts, num_prompts, seed=seed)
     seeds = range(seed, seed + num_seeds)
-    directory = output or Path(f"{name_of(model)}-analysis")
     total = num_units(opened, judge, texts, seeds=seeds, components=components, pairs=pairs)
     with bars() as bar:
         found = measure(
@@ -190,9 +200,13 @@ def plan(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file to write the plan to.")
     ] = None,
+    accelerate_config: AccelerateConfig = None,
     as_json: Json = False,
 ) -> None:
     """Decide what goes, what stays frozen and what is trained, and show it as a picture of the model."""
+    if _launched(accelerate_config, lambda: "Once the cause is mended, give the same command again"):
+        return
+
     from toolchain.artifacts import read_json, write_json
     from toolchain.picture import draw_plan, render_plan
     from toolchain.plan import plan_from_json, to_json
@@ -318,10 +332,7 @@ def compress(
     per_task: Annotated[
         int, typer.Option(help="Held-out captions per ShapesEval task; 0 skips the scores.", min=0)
     ] = 40,
-    accelerate_config: Annotated[
-        Path | None,
-        typer.Option(help="Of `accelerate config`: do it in the processes it asks for."),
-    ] = None,
+    accelerate_config: AccelerateConfig = None,
     as_json: Json = False,
 ) -> None:
     """Remove what a model needs least, and teach the rest to do without it."""
@@ -329,12 +340,13 @@ def compress(
 
     student = output or Path(f"{name_of(model)}-student")
     check_new_directory(student)
-    if accelerate_config is not None:
-        from toolchain.launch import launch
 
-        last_words = launch(accelerate_config, _arguments_launched(), Path(f"{student}.work"))
-        if last_words is not None:
-            fail(*last_words)
+    def kept() -> str:
+        saved = sorted(Path(f"{student}.work").rglob("step-*.safetensors"))
+        what = f"{saved[-1]} is the last state that was saved" if saved else "No state had been saved yet"
+        return f"{what}; once the cause is mended, the same command goes on from there"
+
+    if _launched(accelerate_config, kept):
         return
 
     from toolchain.compress import Recipe, compress_model
@@ -411,6 +423,17 @@ def compress(
     if outcome.tries[-1].passed is False:
         reached = outcome.tries[-1].gate
         fail(f"{student} was written, but did not pass its gate {outcome.gate}: {reached:.4g}", GATE_EXIT)
+
+
+def _launched(config: Path | None, kept: Callable[[], str]) -> bool:
+    """Whether this command was done in processes of accelerate's; `kept` as `launch` takes it."""
+    if config is None:
+        return False
+    from toolchain.launch import launch
+
+    if last_words := launch(config, _arguments_launched(), kept):
+        fail(*last_words)
+    return True
 
 
 def _arguments_launched() -> list[str]:
