@@ -95,7 +95,9 @@ def page(results: dict[str, Any], models: dict[str, tuple[Fit, Fit]]) -> str:
     lines += [
         f"Measured by `python -m benchmarks.fit check` on {made_on['processor']}, {made_on['cores']} cores;",
         "the builds of full size are those of [scale.md](scale.md). No GPU was there: what a GPU holds, and",
-        "TensorRT's own builder, are not verified.",
+        "TensorRT's own builder, are not verified. While a large graph is opened each scale of its weights",
+        "is in memory once more, a sixteenth of a byte a parameter, which the system can drop and the",
+        "prediction leaves out: most of what `hptool run` takes beyond it at full size.",
         "",
     ]
     lines += _row(["", "predicted", "measured", "predicted / measured"]) + _row(["---"] * 4)
