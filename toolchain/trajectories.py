@@ -108,17 +108,17 @@ def sample_states(
     *,
     seed: int | tuple[int, ...],
     batch_size: int = 32,
+    share: bool = True,
     on_step: Callable[[], None] | None = None,
 ) -> States:
     """Let a model paint prompts at its own defaults and keep every state it passes through.
-
-    Processes share the pictures out, and each gets all states.
 
     Args:
         model: The teacher.
         prompts: One picture is sampled for each.
         seed: Of the initial noise and of the order of the states.
         batch_size: Pictures sampled at once.
+        share: Whether processes share the pictures out, and each gets all states; or this one paints alone.
         on_step: Called after every step of every batch.
 
     Raises:
@@ -155,10 +155,11 @@ def sample_states(
         return found
 
     parts: list[tuple[torch.Tensor, ...]] = []
+    starts = range(0, len(prompts), batch_size)
     with lent(mmdit.transformer):
-        for turn, found in enumerate(here.each(range(0, len(prompts), batch_size), paint)):
+        for turn, found in enumerate(here.each(starts, paint) if share else map(paint, starts)):
             parts += found
-            if on_step is not None and not here.owns(turn):
+            if on_step is not None and share and not here.owns(turn):
                 for _ in found:
                     on_step()
     if not all(torch.isfinite(predicted).all() for _, _, predicted, _ in parts):

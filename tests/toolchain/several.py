@@ -87,9 +87,11 @@ def teach(
     return torch.cat([item.detach().float().flatten() for item in student.pipeline.transformer.parameters()])
 
 
-def pictures(sd3: Path, source: Path, output: Path) -> None:
-    """What the trainings on pictures read."""
-    precompute(open_model(str(sd3)), open_source(source), output, Settings(dtype="float32"), bar=silent)
+def precomputed(sd3: Path, source: Path, output: Path) -> None:
+    """What trainings on pictures and on prompts read."""
+    model, settings = open_model(str(sd3)), Settings(batch_size=2, shard_rows=2, dtype="float32")
+    for name in ("pictures", "prompts.txt"):
+        precompute(model, open_source(source / name), output / Path(name).stem, settings, bar=silent)
 
 
 def begin(sd3: Path, checkpoints: Path) -> None:
@@ -188,6 +190,7 @@ def _told(variables: dict[str, str], action: Callable[[], Any]) -> Any:
 def main(sd3: Path, flux: Path, directory: Path) -> None:
     here = processes()
     found = measured(sd3)
+    precomputed(sd3, directory / "source", directory / "together")
     for name, item in students(sd3, flux, directory / "replicated").items():
         found[f"replicated/{name}"] = item
     sharded = _told(FSDP, lambda: students(sd3, flux, directory / "sharded", rest=False))

@@ -132,7 +132,8 @@ def test_a_configuration_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [("analyze", "--pairs"), ("plan", "--ratio=0.2"), ("compress", "--steps=3")]
+    "command",
+    [("analyze", "--pairs"), ("plan", "--ratio=0.2"), ("precompute", "set"), ("compress", "--steps=3")],
 )
 def test_a_command_is_given_on_to_processes_and_what_they_say_last_is_said(
     command: tuple[str, ...],

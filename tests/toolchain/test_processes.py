@@ -54,8 +54,9 @@ def findings(tiny_path: Path, tiny_flux_path: Path, directory: Path) -> Findings
     """Of one process, and of each of two."""
     several: dict[str, Any] = runpy.run_path(str(SEVERAL))
     files = {f"{color}.png": picture(color) for color in ("red", "green", "blue", "black", "pink")}
-    source = folder(directory / "source", files, {name: f"a {name}" for name in files})
-    several["pictures"](tiny_path, source, directory / "pictures")
+    folder(directory / "source" / "pictures", files, {name: f"a {name}" for name in files})
+    (directory / "source" / "prompts.txt").write_text("\n".join(several["PROMPTS"]), encoding="utf-8")
+    several["precomputed"](tiny_path, directory / "source", directory)
     for way in ("alone", "replicated", "sharded"):
         several["begin"](tiny_path, directory / way / "begun")
     script = (SEVERAL, tiny_path, tiny_flux_path, directory)
@@ -72,6 +73,16 @@ def test_an_analysis_of_several_finds_what_one_finds(findings: Findings) -> None
     for name in ("sampled", "harms", "similarity", "rescored", "errors", "score"):
         for found in together:
             assert torch.equal(found[name], alone[name]), name
+
+
+def test_several_precompute_what_one_does(findings: Findings, directory: Path) -> None:
+    for kind, shards in {"pictures": 3 + 3 + 1, "prompts": 3 + 3}.items():
+        alone, together = (
+            {path.name: path.read_bytes() for path in (place / kind).iterdir()}
+            for place in (directory, directory / "together")
+        )
+        assert together == alone
+        assert len(alone) == shards + 1
 
 
 def test_several_teach_the_student_that_one_teaches(findings: Findings) -> None:

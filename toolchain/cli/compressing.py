@@ -465,9 +465,14 @@ def precompute(
     precision: WeightsIn = "float32",
     device: Device = None,
     seed: Seed = 0,
+    accelerate_config: AccelerateConfig = None,
     as_json: Json = False,
 ) -> None:
     """Encode a data set once, for `compress --data`; stopped, it goes on where it was."""
+    rest = "Once the cause is mended, the same command goes on after the last whole shard"
+    if _launched(accelerate_config, lambda: rest):
+        return
+
     from toolchain.artifacts import check_new_directory
     from toolchain.data.precompute import Settings
     from toolchain.data.precompute import precompute as encode

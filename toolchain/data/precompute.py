@@ -1,7 +1,8 @@
 """Computing once what a training needs of a data set, so that it loads neither autoencoder nor text encoders.
 
 What is finished lies in `OUTPUT.work` until all of it is: shard by shard, in an order that follows from the
-data set alone. The same call made again goes on at the shard it was in, and ends the same.
+data set alone. The same call made again goes on at the shard it was in, and ends the same. Several processes
+share out what captions and prompts take; pictures are encoded by the first.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +43,8 @@ from toolchain.prefix import lent
 from toolchain.processes import processes
 from toolchain.progress import Bar
 from toolchain.trajectories import sample_states
+
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,31 +84,29 @@ def precompute(model: Model, source: Source, output: Path, settings: Settings, *
         bar: Starts progress bars.
 
     Raises:
-        ToolchainError: The data set cannot be read or holds nothing, `OUTPUT.work` is of another one, or
-            there are several processes.
+        ToolchainError: The data set cannot be read or holds nothing, or `OUTPUT.work` is of another one.
     """
-    if processes().number > 1:
-        raise ToolchainError("a data set is precomputed by one process; leave accelerate's launcher out")
-    check_new_directory(output)
+    here = processes()
+    here.first(lambda: check_new_directory(output))
     prompts = read_prompts(source.path) if source.kind == "prompts" else None
-    work = _Work(output.with_name(f"{output.name}.work"), _facts(model, source, settings), bar)
+    facts = here.first(lambda: _facts(model, source, settings))
+    work = _Work(output.with_name(f"{output.name}.work"), facts, bar)
     skipped: list[Skipped] = []
     if prompts is not None:
         texts = _write_texts(model, prompts, work, settings, bar)
         _write_states(model, prompts, texts, work, settings, bar)
     else:
-        with lent(model.pipeline.vae):
-            pairs, skipped = _write_latents(model, source, work, settings, bar)
+        pairs, skipped = here.first(lambda: _write_latents(model, source, work, settings, bar))
         if not pairs:
-            work.remove()
+            here.first(work.remove)
             reasons = "".join(f"; {item.key}: {item.reason}" for item in skipped[:3])
             raise ToolchainError(
                 f"{source.path} holds no picture with a caption that can be read; {len(skipped)} were skipped"
                 f"{reasons}"
             )
         texts = _write_texts(model, [pair.caption for pair in pairs], work, settings, bar)
-        _write_pairs(pairs, texts, work)
-    return work.finish(tuple(skipped), output)
+        here.first(lambda: _write_pairs(pairs, texts, work))
+    return here.first(lambda: work.finish(tuple(skipped), output))
 
 
 def _facts(model: Model, source: Source, settings: Settings) -> Facts:
@@ -130,38 +132,46 @@ def _facts(model: Model, source: Source, settings: Settings) -> Facts:
 
 
 class _Work:
-    """The directory of what is finished: the facts it was begun with, a journal, and the shards."""
+    """The directory of what is finished: the facts it was begun with, a journal, and the shards.
+
+    The journal is written by the first process; the others may write shards.
+    """
 
     def __init__(self, directory: Path, facts: Facts, bar: Bar) -> None:
         self.directory, self._facts = directory, facts
         self._shards = directory / "shards"
         self._journal = directory / "journal.jsonl"
-        begun = directory / "facts.json"
+        self._done = processes().first(lambda: self._begin(bar))
+
+    def _begin(self, bar: Bar) -> dict[str, Shard]:
+        """What is there already."""
+        begun = self.directory / "facts.json"
         try:
             self._shards.mkdir(parents=True, exist_ok=True)
             if not begun.exists():
-                write_json(begun, asdict(facts))
+                write_json(begun, asdict(self._facts))
         except OSError as error:
             raise ToolchainError(
-                f"cannot write {directory}: {error.strerror}; choose another --output"
+                f"cannot write {self.directory}: {error.strerror}; choose another --output"
             ) from error
-        now, before = json.loads(json.dumps(asdict(facts))), read_json(begun)
+        now, before = json.loads(json.dumps(asdict(self._facts))), read_json(begun)
         if differing := [key for key in now.keys() | before.keys() if now.get(key) != before.get(key)]:
             raise ToolchainError(
-                f"{directory} holds what was begun with other {', '.join(sorted(differing))}; give the "
+                f"{self.directory} holds what was begun with other {', '.join(sorted(differing))}; give the "
                 "command it was begun with, remove it, or choose another --output"
             )
-        self._done = self._read_journal()
+        done = self._read_journal()
         with writing(self._journal):
-            text = "".join(map(_line, self._done.values()))
+            text = "".join(map(_line, done.values()))
             beside = self._journal.with_suffix(".part")
             beside.write_text(text, encoding="utf-8")
             beside.replace(self._journal)
-        if self._done:
-            advance = bar("checking what is there", len(self._done))
-            for shard in self._done.values():
+        if done:
+            advance = bar("checking what is there", len(done))
+            for shard in done.values():
                 check_shard(self._shards, shard)
                 advance()
+        return done
 
     def _read_journal(self) -> dict[str, Shard]:
         done: dict[str, Shard] = {}
@@ -182,13 +192,28 @@ class _Work:
     def __contains__(self, name: str) -> bool:
         return name in self._done
 
-    def write(self, name: str, tensors: dict[str, torch.Tensor], **notes: object) -> None:
+    def write(self, name: str, tensors: Tensors, **notes: object) -> None:
+        """Write a shard, as the first process alone."""
+        self._note(self._written(name, tensors, notes))
+
+    def fill(self, missing: Mapping[str, Callable[[], tuple[Tensors, dict[str, object]]]]) -> Iterator[str]:
+        """Make those shards that are missing, the processes sharing them out; names as they are there."""
+        names = [name for name in missing if name not in self._done]
+        found = processes().each(names, lambda name: self._written(name, *missing[name]()))
+        for name in missing:
+            if name not in self._done:
+                self._note(next(found))
+            yield name
+
+    def _written(self, name: str, tensors: Tensors, notes: Mapping[str, object]) -> Shard:
         write_shard(self._shards / name, tensors, notes)
-        rows = len(next(iter(tensors.values())))
-        shard = Shard(file=name, sha256=sha256(self._shards / name), rows=rows)
-        self._done[name] = shard
-        with writing(self._journal), self._journal.open("a", encoding="utf-8") as file:
-            file.write(_line(shard))
+        return Shard(file=name, sha256=sha256(self._shards / name), rows=len(next(iter(tensors.values()))))
+
+    def _note(self, shard: Shard) -> None:
+        self._done[shard.file] = shard
+        if processes().is_first:
+            with writing(self._journal), self._journal.open("a", encoding="utf-8") as file:
+                file.write(_line(shard))
 
     def finish(self, skipped: tuple[Skipped, ...], output: Path) -> Index:
         shards = tuple(self._done[name] for name in sorted(self._done))
@@ -307,52 +332,58 @@ def _write_latents(
     pairs: dict[_Pair, None] = {}
     skipped: list[Skipped] = []
     advance = bar("encoding pictures", None)
-    for found in source.samples():
-        advance(note=f"{len(skipped)} skipped" if skipped else "")
-        if isinstance(found, Skipped):
-            skipped.append(found)
-            continue
-        name = hashlib.sha256(found.picture).hexdigest()
-        if name not in places:
-            try:
-                pixels = fitted(found.picture, buckets)
-            except BrokenPictureError as error:
-                skipped.append(Skipped(key=found.key, reason=str(error)))
+    with lent(model.pipeline.vae):
+        for found in source.samples():
+            advance(note=f"{len(skipped)} skipped" if skipped else "")
+            if isinstance(found, Skipped):
+                skipped.append(found)
                 continue
-            size = (pixels.shape[0] // factor, pixels.shape[1] // factor)
-            if size not in shelves:
-                shelves[size] = _Shelf(model, size, work, settings)
-            places[name] = (size, shelves[size].add(name, pixels))
-        size, row = places[name]
-        pairs[_Pair(size=size, row=row, caption=found.caption)] = None
-    for shelf in shelves.values():
-        shelf.write()
+            name = hashlib.sha256(found.picture).hexdigest()
+            if name not in places:
+                try:
+                    pixels = fitted(found.picture, buckets)
+                except BrokenPictureError as error:
+                    skipped.append(Skipped(key=found.key, reason=str(error)))
+                    continue
+                size = (pixels.shape[0] // factor, pixels.shape[1] // factor)
+                if size not in shelves:
+                    shelves[size] = _Shelf(model, size, work, settings)
+                places[name] = (size, shelves[size].add(name, pixels))
+            size, row = places[name]
+            pairs[_Pair(size=size, row=row, caption=found.caption)] = None
+        for shelf in shelves.values():
+            shelf.write()
     return list(pairs), skipped
 
 
 def _write_texts(model: Model, captions: Sequence[str], work: _Work, settings: Settings, bar: Bar) -> Texts:
     """Each caption once, behind the empty one."""
     distinct, size = list(dict.fromkeys(["", *captions])), settings.shard_rows
+    parts = {
+        f"text-{number:06}.safetensors": distinct[start : start + size]
+        for number, start in enumerate(range(0, len(distinct), size))
+    }
+
+    def encode(part: list[str]) -> tuple[Tensors, dict[str, object]]:
+        with lent(*model.text_encoders):  # once for all batches
+            found = [
+                model.encode(part[first : first + settings.batch_size])
+                for first in range(0, len(part), settings.batch_size)
+            ]
+        tensors = {
+            "tokens": torch.cat([item.tokens_BTJ for item in found]),
+            "pooled": torch.cat([item.pooled_BP for item in found]),
+        }
+        dtype = getattr(torch, settings.dtype)
+        return (
+            {key: _finite(model, "text states", value).to(dtype) for key, value in tensors.items()},
+            {"captions": part},
+        )
+
     advance = bar("encoding captions", len(distinct))
-    for number, start in enumerate(range(0, len(distinct), size)):
-        part, name = distinct[start : start + size], f"text-{number:06}.safetensors"
-        if name not in work:
-            found = []
-            with lent(*model.text_encoders):  # once for all batches
-                for first in range(0, len(part), settings.batch_size):
-                    batch = part[first : first + settings.batch_size]
-                    found.append(model.encode(batch))
-                    for _ in batch:
-                        advance()
-            tensors = {
-                "tokens": torch.cat([item.tokens_BTJ for item in found]),
-                "pooled": torch.cat([item.pooled_BP for item in found]),
-            }
-            tensors = {
-                key: _finite(model, "text states", value).to(getattr(torch, settings.dtype))
-                for key, value in tensors.items()
-            }
-            work.write(name, tensors, captions=part)
+    for name in work.fill({name: partial(encode, part) for name, part in parts.items()}):
+        for _ in parts[name]:
+            advance()
     texts = Texts(work.paths("text"))
     if list(texts.rows) != distinct:
         raise ToolchainError(
@@ -366,23 +397,26 @@ def _write_states(
     model: Model, prompts: list[str], texts: Texts, work: _Work, settings: Settings, bar: Bar
 ) -> None:
     size, painter = settings.batch_size, replace(model, texts=texts)
+    parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+
+    def paint(number: int) -> tuple[Tensors, dict[str, object]]:
+        part = parts[number]
+        states = sample_states(painter, part, seed=(settings.seed, number), batch_size=size, share=False)
+        rows = torch.tensor([texts.rows[prompt] for prompt in (*part, "")])
+        # Under guidance the row with the empty prompt comes first, of a painting of the other's prompt.
+        own = states.prompt_index.reshape(-1, states.copies)[:, -1].repeat_interleave(states.copies)
+        dtype = getattr(torch, settings.dtype)
+        return {
+            "latents": states.latents.to(dtype),
+            "timesteps": states.timesteps,
+            "velocities": states.velocities.to(dtype),
+            "captions": rows[states.prompt_index],
+            "prompts": rows[own],
+        }, {}
+
     advance = bar("painting prompts", len(prompts))
-    for number, start in enumerate(range(0, len(prompts), size)):
-        part, name = prompts[start : start + size], f"states-{number:06}.safetensors"
-        if name not in work:
-            states = sample_states(painter, part, seed=(settings.seed, number), batch_size=size)
-            rows = torch.tensor([texts.rows[prompt] for prompt in (*part, "")])
-            # Under guidance the row with the empty prompt comes first, of a painting of the other's prompt.
-            own = states.prompt_index.reshape(-1, states.copies)[:, -1].repeat_interleave(states.copies)
-            dtype = getattr(torch, settings.dtype)
-            tensors = {
-                "latents": states.latents.to(dtype),
-                "timesteps": states.timesteps,
-                "velocities": states.velocities.to(dtype),
-                "captions": rows[states.prompt_index],
-                "prompts": rows[own],
-            }
-            work.write(name, tensors)
+    missing = {f"states-{number:06}.safetensors": partial(paint, number) for number in range(len(parts))}
+    for part, _ in zip(parts, work.fill(missing), strict=True):
         for _ in part:
             advance()
 

@@ -21,7 +21,6 @@ from toolchain.data.shards import Precomputed, open_precomputed
 from toolchain.data.sources import Skipped, open_source
 from toolchain.errors import ToolchainError
 from toolchain.families import Model, open_model
-from toolchain.processes import Processes
 from toolchain.progress import silent
 from toolchain.trajectories import sample_states
 
@@ -280,12 +279,3 @@ def test_an_index_with_anything_else_in_it_is_refused(tiny: Model, pictures: Pat
     assert sum(item.rows for item in made.index.of("latents")) == 8
     with pytest.raises(ToolchainError, match=r"set is no precomputed data set: it has no index\.json"):
         open_precomputed(pictures)
-
-
-def test_several_processes_are_refused(
-    tiny: Model, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "processes", lambda: Processes(rank=0, number=2))
-    with pytest.raises(ToolchainError, match="precomputed by one process"):
-        make(tiny, pictures, tmp_path / "out")
-    assert not (tmp_path / "out.work").exists()
