@@ -58,8 +58,6 @@ class Command:
     """Pattern of the file whose end is cut off for a broken shard."""
     together: bool
     """Whether several processes share it."""
-    starts: bool
-    """Whether it starts them itself; else accelerate does."""
     batches: bool
     """Whether it computes with batches that could hold what is no number."""
 
@@ -82,7 +80,6 @@ COMMANDS = {
         called="pieces",
         reads="model/transformer/*.safetensors",
         together=True,
-        starts=False,
         batches=True,
     ),
     "precompute": Command(
@@ -91,8 +88,7 @@ COMMANDS = {
         finished="out.work/shards/*.safetensors",
         called="shards",
         reads="pictures/00002.tar",
-        together=False,
-        starts=False,
+        together=True,
         batches=True,
     ),
     "compress": Command(
@@ -105,7 +101,6 @@ COMMANDS = {
         called="checkpoint",
         reads="data/*.safetensors",
         together=True,
-        starts=True,
         batches=True,
     ),
     "export": Command(
@@ -115,7 +110,6 @@ COMMANDS = {
         called="parts",
         reads="model/transformer/*.safetensors",
         together=False,
-        starts=False,
         batches=False,
     ),
 }
@@ -256,14 +250,9 @@ def _run(command: Command, place: Path, *, fault: str | None = None, workers: in
     program = ["-m", "toolchain"]
     if fault == "NaN batch":
         program = ["-m", "benchmarks.faults", "poisoned", command.finished, "--"]
-    if workers > 1 and command.starts:
+    if workers > 1:
         (place / "two.yaml").write_text(_TWO.format(workers=workers), encoding="utf-8")
         words += ["--accelerate-config", "two.yaml"]
-    elif workers > 1:
-        # "multi_gpu" is accelerate's name for several processes on processors, too; "cpu" starts one.
-        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port=0"]
-        launcher += ["--num_machines=1", "--dynamo_backend=no", "--mixed_precision=no"]
-        program = [*launcher, f"--num_processes={workers}", *program]
     environment = os.environ | {
         "HPTOOL_CACHE": str(place / "cache"),
         "PYTHONPATH": str(Path(__file__).parents[1]),
@@ -286,9 +275,7 @@ def _run(command: Command, place: Path, *, fault: str | None = None, workers: in
         status = process.wait()
         errors.seek(0)
         lines = [line.strip() for line in errors.read().splitlines() if line.strip(" =-")]
-    # accelerate's launcher says more behind it.
-    said = [line for line in lines if line.startswith("error:")] or lines or [""]
-    return status, said[-1].replace(str(place), "")
+    return status, (lines or [""])[-1].replace(str(place), "")
 
 
 def _fill_disk(process: subprocess.Popen[bytes]) -> None:
