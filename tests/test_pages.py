@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,8 @@ from tests.conftest import saved, tiny_t5
 from tests.servers import COMMIT, Hub, Registry, serving
 from tests.toolchain.data.conftest import folder, picture
 from tests.toolchain.test_lora import write as write_adapter
-from toolchain import cli, lora
+from tests.typed import hptool
+from toolchain import lora
 from toolchain.families import open_model, view
 from toolchain.shapes.model import ShapesConfig, build_pipeline
 
@@ -147,11 +147,9 @@ def test_a_page_can_be_typed_from_top_to_bottom(
         if words[0] == "pull":  # on another machine, then
             shutil.rmtree(words[2], ignore_errors=True)
         capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["hptool", *words, *SMALLER.get(words[0], "").split()])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
+        code = hptool(monkeypatch, *words, *SMALLER.get(words[0], "").split())
         printed = capsys.readouterr()
-        assert not ended.value.code, (line, printed.err)
+        assert code == 0, (line, printed.err)
         if output:
             Path(output).write_text(printed.out)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +9,9 @@ import pytest
 
 from report.evidence import read_evidence
 from report.measure import SEED, measure
-from toolchain import cli
+from tests.typed import hptool
 from toolchain.families import open_model
 from toolchain.progress import silent
-
-
-def hptool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["hptool", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return int(stopped.value.code or 0)
 
 
 def test_every_stage_paints_the_same_prompts_from_the_same_noise(

@@ -12,6 +12,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
+from tests.typed import hptool
 from toolchain import cli, compress
 from toolchain.artifacts import read_json
 from toolchain.families import open_model
@@ -27,13 +28,6 @@ TINY = ("--steps", "3", "--per-task", "1", "--ratio", "0.2")
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def hptool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["hptool", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return int(stopped.value.code or 0)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,15 +14,8 @@ from deploy import machine
 from deploy.gpu import Gpu, Gpus
 from profiles.page import targets_markdown
 from profiles.schema import available_profiles, load_profile
-from toolchain import cli
+from tests.typed import hptool
 from toolchain.cli.exporting import _engine_table
-
-
-def hptool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["hptool", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return int(stopped.value.code or 0)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from toolchain import cli
+from tests.typed import hptool
 from toolchain.artifacts import read_json
 from toolchain.errors import ToolchainError
 from toolchain.history import HISTORY_FILE
@@ -150,10 +150,7 @@ def test_a_command_is_given_on_to_processes_and_what_they_say_last_is_said(
         return "the one that ended", 75
 
     monkeypatch.setattr("toolchain.launch.launch", launch)
-    monkeypatch.setattr(sys, "argv", ["hptool", *given[:2], "--accelerate-config", "two.yaml", *given[2:]])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 75
+    assert hptool(monkeypatch, *given[:2], "--accelerate-config", "two.yaml", *given[2:]) == 75
     assert capsys.readouterr().err == "the one that ended\n"
     assert launched == [(Path("two.yaml"), given, True)]
     assert not (tmp_path / "out").exists()

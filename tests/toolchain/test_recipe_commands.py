@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from toolchain import cli
+from tests import typed
 from toolchain.artifacts import read_json
 
 RECIPE = """
@@ -38,14 +38,7 @@ def hptool(tmp_path: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Runs a command beside `mine.toml`."""
     monkeypatch.chdir(tmp_path)
     Path("mine.toml").write_text(RECIPE.format(model=tiny_path))
-
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["hptool", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return int(stopped.value.code or 0)
-
-    return run
+    return partial(typed.hptool, monkeypatch)
 
 
 def made(hptool: Hptool, *by_hand: str) -> tuple[dict[str, Any], dict[str, Any]]:

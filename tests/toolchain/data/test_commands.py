@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.toolchain.data.conftest import folder, picture
-from toolchain import cli, compress
+from tests.typed import hptool
+from toolchain import compress
 from toolchain.families import open_model
 
 
@@ -20,13 +20,6 @@ from toolchain.families import open_model
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def hptool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["hptool", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return int(stopped.value.code or 0)
 
 
 @pytest.fixture
