@@ -196,11 +196,11 @@ class _Work:
         """Write a shard, as the first process alone."""
         self._note(self._written(name, tensors, notes))
 
-    def fill(self, missing: Mapping[str, Callable[[], tuple[Tensors, dict[str, object]]]]) -> Iterator[str]:
+    def fill(self, wanted: Mapping[str, Callable[[], tuple[Tensors, dict[str, object]]]]) -> Iterator[str]:
         """Make those shards that are missing, the processes sharing them out; names as they are there."""
-        names = [name for name in missing if name not in self._done]
-        found = processes().each(names, lambda name: self._written(name, *missing[name]()))
-        for name in missing:
+        missing = [name for name in wanted if name not in self._done]
+        found = processes().each(missing, lambda name: self._written(name, *wanted[name]()))
+        for name in wanted:
             if name not in self._done:
                 self._note(next(found))
             yield name
@@ -415,8 +415,8 @@ def _write_states(
         }, {}
 
     advance = bar("painting prompts", len(prompts))
-    missing = {f"states-{number:06}.safetensors": partial(paint, number) for number in range(len(parts))}
-    for part, _ in zip(parts, work.fill(missing), strict=True):
+    wanted = {f"states-{number:06}.safetensors": partial(paint, number) for number in range(len(parts))}
+    for part, _ in zip(parts, work.fill(wanted), strict=True):
         for _ in part:
             advance()
 
