@@ -177,7 +177,7 @@ def _measured_size(subject: str) -> ModelSize:
 
 
 def _weights(what: str, model: Model, measured: int) -> dict[str, Any]:
-    precision = Precision(bits=4, group_size=64, half=False, weights={})
+    precision = Precision(bits=4, group_size=64, weights={})
     return {"what": what, "predicted": stored_bytes(model, "transformer", precision), "measured": measured}
 
 

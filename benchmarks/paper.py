@@ -77,7 +77,7 @@ def compute() -> None:
 
 
 def _stored(model: Model, part: str, bits: Any) -> int:
-    return stored_bytes(model, part, Precision(bits=bits, group_size=GROUP_SIZE, half=False, weights={}))
+    return stored_bytes(model, part, Precision(bits=bits, group_size=GROUP_SIZE, weights={}))
 
 
 def _other_parts(model: Model) -> dict[str, dict[str, int]]:

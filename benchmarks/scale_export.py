@@ -55,7 +55,7 @@ PROMPT = "a red circle left of a blue square"
 _HALF = """name = "half"
 description = "onnxruntime with activations of 16 bits"
 extends = "rtx4090"
-runtimes = ["onnxruntime-cuda"]
+runtimes = ["onnxruntime-tensorrt"]
 max_batch = 1
 """
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from export.components import GraphKind
 from export.denoiser import trace_backwards
 from export.encoders import lower_text_encoder, lower_vae_decoder
 from toolchain.families import Model
@@ -19,7 +20,7 @@ _WORTH = 100_000_000
 
 
 @contextmanager
-def traced_ahead(model: Model, parts: Sequence[str], *, half: bool, fused: bool) -> Iterator[None]:
+def traced_ahead(model: Model, parts: Sequence[str], graphs: Sequence[GraphKind]) -> Iterator[None]:
     """Have another process trace parts of a model, and keep the traces for whoever needs them.
 
     The two meet at a trace that one of them is at, for which the other waits. It says nothing: what fails
@@ -29,14 +30,13 @@ def traced_ahead(model: Model, parts: Sequence[str], *, half: bool, fused: bool)
     Args:
         model: On disk.
         parts: Their directories, in the order they are needed; the last is traced first.
-        half: Whether the transformer's graph in float16 is wanted beside the one in float32.
-        fused: Whether attention is one operator in the latter.
+        graphs: What is wanted of the transformer.
     """
     if not parts or model.num_parameters < _WORTH:
         yield
         return
     context = multiprocessing.get_context("fork")
-    process = context.Process(target=_trace_all, args=(model, parts, half, fused), daemon=True)
+    process = context.Process(target=_trace_all, args=(model, parts, graphs), daemon=True)
     process.start()
     try:
         yield
@@ -45,7 +45,7 @@ def traced_ahead(model: Model, parts: Sequence[str], *, half: bool, fused: bool)
         process.join()
 
 
-def _trace_all(model: Model, parts: Sequence[str], half: bool, fused: bool) -> None:
+def _trace_all(model: Model, parts: Sequence[str], graphs: Sequence[GraphKind]) -> None:
     gc.freeze()  # the threads of sessions that lie in the garbage are not here to be ended
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
@@ -53,9 +53,10 @@ def _trace_all(model: Model, parts: Sequence[str], half: bool, fused: bool) -> N
     for part in reversed(parts):
         weights = model.weights(part)
         if part == "transformer":
-            if half:
-                trace_backwards(model.mmdit, weights, "float16")
-            trace_backwards(model.mmdit, weights, fused_attention=fused)
+            for graph in reversed(graphs):
+                trace_backwards(
+                    model.mmdit, weights, graph.activations, fused_attention=graph.fused_attention
+                )
         elif part == "vae":
             lower_vae_decoder(model.pipeline.vae, weights)
         else:

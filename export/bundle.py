@@ -19,8 +19,9 @@ from export.cache import ComponentCache, component_key, source_files
 from export.calibration import GROUP_SIZE, Calibration
 from export.components import (
     GRAPH,
-    HALF_GRAPH,
+    GRAPHS,
     Component,
+    GraphKind,
     Precision,
     export_text_encoder,
     export_transformer,
@@ -53,6 +54,8 @@ __all__ = ["export_bundle"]
 
 # Runs wherever onnxruntime does; every bundle has it, so that one made for a GPU can be looked at without it.
 _CPU_TARGET = "cpu-x86"
+_BUILDERS = (*format.ENGINE_RUNTIMES, "onnxruntime-tensorrt")
+"""What reads a graph to build an engine of it, and so knows ONNX's own operators alone."""
 
 # Options that change the sigmas in ways the device's sampler does not know, and their off values.
 _UNSUPPORTED_SCHEDULER_OPTIONS = {
@@ -138,9 +141,7 @@ def export_bundle(
     precision = Precision(
         bits=checked_bits,
         group_size=group_size,
-        # A builder of engines reads the graph in float32 where 32 bits are asked for.
-        fused_attention=checked_bits != 32 or not num_engines(variants),
-        half=checked_bits != 32 and any(target.activations == "float16" for target in targets),
+        graphs=_graphs(variants),
         weights={name: _require_bits(value) for name, value in weights.items()},
         most_error=most_error,
         importance=None if calibration is None else calibration.importance,
@@ -152,7 +153,7 @@ def export_bundle(
     # Reading the transformer's weights for its key takes as long as the text encoders do.
     sources = [path for part in parts.values() for path in source_files(model, part.source)]
     with (
-        traced_ahead(model, new, half=precision.half, fused=precision.fused_attention),
+        traced_ahead(model, new, precision.graphs),
         cache.digests.ahead(sources),
         new_directory(output) as directory,
     ):
@@ -289,15 +290,24 @@ def _variant(model: Model, target: Profile, runtime: Runtime, bits: Bits) -> for
     return format.Variant(
         target=target.name,
         runtime=runtime,
-        path=_transformer_graph(activations),
+        path=f"transformer/{_graph(runtime, activations)}",
         activations=activations,
         compute_capabilities=[target.compute_capability] if built and target.compute_capability else [],
         shapes=_shapes(model, target) if built else None,
     )
 
 
-def _transformer_graph(activations: str) -> str:
-    return f"transformer/{GRAPH if activations == 'float32' else HALF_GRAPH}"
+def _graph(runtime: Runtime, activations: Activations) -> str:
+    if activations == "float32":
+        return GRAPH
+    return "model.fp16.cuda.onnx" if runtime == "onnxruntime-cuda" else "model.fp16.onnx"
+
+
+def _graphs(variants: Sequence[format.Variant]) -> tuple[GraphKind, ...]:
+    """What the variants read. A builder of engines may read that of processors, where 32 bits are wanted."""
+    read = {Path(variant.path).name for variant in variants}
+    built = {Path(variant.path).name for variant in variants if variant.runtime in _BUILDERS}
+    return tuple(GraphKind(name=name, fused_attention=name not in built) for name in GRAPHS if name in read)
 
 
 def _shapes(model: Model, target: Profile) -> format.Shapes:

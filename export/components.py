@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,9 @@ from toolchain.progress import Bar
 
 __all__ = [
     "GRAPH",
-    "HALF_GRAPH",
+    "GRAPHS",
     "Component",
+    "GraphKind",
     "Precision",
     "export_text_encoder",
     "export_transformer",
@@ -54,7 +55,12 @@ __all__ = [
 ]
 
 GRAPH = "model.onnx"
-HALF_GRAPH = "model.fp16.onnx"
+GRAPHS: dict[str, Activations] = {
+    GRAPH: "float32",
+    "model.fp16.onnx": "float16",
+    "model.fp16.cuda.onnx": "float16",
+}
+"""The transformer's graphs: for processors, for builders of engines, and for onnxruntime on a GPU."""
 
 _WEIGHTS: dict[Bits, parity.Weights] = {4: "int4", 8: "int8", 16: "float16", 32: "float32"}
 
@@ -76,18 +82,31 @@ class Component:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GraphKind:
+    """One of the transformer's graphs; they share their weights."""
+
+    name: str
+    """Of `GRAPHS`."""
+    fused_attention: bool
+    """Whether attention is one operator, which onnxruntime alone knows and builders of engines do not."""
+
+    @property
+    def activations(self) -> Activations:
+        """In what it computes."""
+        return GRAPHS[self.name]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Precision:
     """In what the transformer is stored and computed."""
 
     bits: Bits
     """Of the weights of its blocks' linears."""
     group_size: int
-    half: bool
-    """Whether a graph that computes in float16 is wanted beside the one in float32."""
     weights: Mapping[str, Bits]
     """Bits of weights that differ, by name."""
-    fused_attention: bool = True
-    """Whether attention is one operator in the float32 graph, which no builder of engines could read."""
+    graphs: tuple[GraphKind, ...] = (GraphKind(name=GRAPH, fused_attention=True),)
+    """What is wanted of it."""
     most_error: float | None = None
     """Relative error of the velocity that rounding may cause; None takes that of the bits."""
     importance: Mapping[str, NDArray[np.float64]] | None = None
@@ -101,9 +120,8 @@ class Precision:
         return {
             "bits": self.bits,
             "group_size": self.group_size,
-            "half": self.half,
             "weights": dict(self.weights),
-            "fused_attention": self.fused_attention,
+            "graphs": [asdict(graph) for graph in self.graphs],
             "most_error": self.most_error,
             "importance": digests,
         }
@@ -118,19 +136,23 @@ def export_transformer(
         ExportError: A weight cannot be stored, or a graph that was to be compared differs from torch.
     """
     weights, mmdit = model.weights("transformer"), model.mmdit
-    kinds: list[tuple[str, Activations]] = [(GRAPH, "float32")]
-    if precision.half:
-        kinds.append((HALF_GRAPH, "float16"))
-    states = draw_states(model, (num_tokens(model), 5)) if compare or precision.half else []
+    kinds = precision.graphs
+    half = any(kind.activations == "float16" for kind in kinds)
+    states = draw_states(model, (num_tokens(model), 5)) if compare or half else []
     loud: frozenset[str] = frozenset()
-    if precision.half:
+    if half:
         loud = loud_blocks(mmdit, weights, states, bar("transformer: range", len(mmdit.blocks)))
     advance = bar("transformer: graphs", len(kinds))
     lowered: list[LoweredTransformer] = []
-    for _, activations in kinds:
-        fused = precision.fused_attention and activations == "float32"
+    for kind in kinds:
         lowered.append(
-            lower_transformer(mmdit, weights, activations, float32_blocks=loud, fused_attention=fused)
+            lower_transformer(
+                mmdit,
+                weights,
+                kind.activations,
+                float32_blocks=loud,
+                fused_attention=kind.fused_attention,
+            )
         )
         advance()
     advance = bar("transformer: weights", len(parameters(lowered[0].graph)))
@@ -144,16 +166,18 @@ def export_transformer(
             importance=precision.importance,
             on_tensor=advance,
         )
-    kind, graphs = _WEIGHTS[precision.bits], []
-    for (name, activations), each in zip(kinds, lowered, strict=True):
-        _save(each.graph, stored, directory / name)
+    in_bits, graphs = _WEIGHTS[precision.bits], []
+    for kind, each in zip(kinds, lowered, strict=True):
+        _save(each.graph, stored, directory / kind.name)
         graphs.append(
-            CheckedGraph(name=f"transformer/{name}", lowered=each, activations=activations, weights=kind)
+            CheckedGraph(
+                name=f"transformer/{kind.name}", lowered=each, activations=kind.activations, weights=in_bits
+            )
         )
     lint_graphs(
-        [directory / name for name, _ in kinds],
+        [directory / kind.name for kind in kinds],
         _bits_stored(stored.report),
-        fused=[GRAPH] if precision.fused_attention else [],
+        fused=[kind.name for kind in kinds if kind.fused_attention],
     )
     rows: list[ParityRow] = []
     blocks: list[BlockRow] = []
@@ -177,7 +201,7 @@ def export_transformer(
         drift=drift,
         float32_blocks=sorted(loud),
         graphs=[
-            format.Graph(path=graph.name, activations=graph.activations, weights=kind) for graph in graphs
+            format.Graph(path=graph.name, activations=graph.activations, weights=in_bits) for graph in graphs
         ],
         parity=rows,
         blocks=blocks,

@@ -222,9 +222,8 @@ def fit_target(size: ModelSize, target: Profile, bits: Bits, ratio: float = 0.0)
     batch = 2 if model.guided else 1
     graph = size.transformer(batch, height, width, target.text_tokens or num_tokens(model))
     has_engine = target.runtimes[0] in ("tensorrt", "tensorrt-rtx")
-    # Engines and onnxruntime's own operator compute attention in pieces; the float16 graph has it in parts.
-    fused = target.runtimes[0] != "onnxruntime-cuda"
-    activations = _arena(round(_scale(target) * activation_bytes(graph, fused_attention=fused)))
+    # Engines and onnxruntime's own operator compute attention in pieces.
+    activations = _arena(round(_scale(target) * activation_bytes(graph, fused_attention=True)))
     need = partial(_need, size.parts, size.working(height, width), target, activations)
     found = need(bits, ratio)
     kept = round((1 - ratio) * size.parts["transformer"].stored[bits])
@@ -325,7 +324,7 @@ def _part_size(model: Model, part: str, group_size: int) -> PartSize:
     stored: dict[int, int] = {}
     loaded: dict[int, int] = {}
     for bits in (32, *ALL_BITS):
-        precision = Precision(bits=bits, group_size=group_size, half=False, weights={})
+        precision = Precision(bits=bits, group_size=group_size, weights={})
         stored[bits] = stored_bytes(model, part, precision)
         loaded[bits] = _loaded_bytes(model, part, precision)
         if stored[bits] < _PREPARED_FROM:

@@ -12,10 +12,12 @@ import pytest
 
 from export import ahead, lower, traces
 from export.ahead import traced_ahead
+from export.components import GraphKind
 from export.denoiser import lower_transformer
 from export.encoders import lower_text_encoder, lower_vae_decoder
 from toolchain.families import Model, open_model
 
+WANTED = (GraphKind(name="model.onnx", fused_attention=True),)
 PARTS = ["text_encoder", "vae", "transformer"]
 NUM_TRACES = 1 + 1 + 3
 """An encoder, the decoder; the transformer without blocks, a block, and the last, which ends the text."""
@@ -50,7 +52,7 @@ def wait_for(directory: Path, pattern: str, count: int) -> None:
 def test_what_was_traced_ahead_is_not_traced_again(
     fresh: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with traced_ahead(fresh, PARTS, half=False, fused=True):
+    with traced_ahead(fresh, PARTS, WANTED):
         wait_for(tmp_path, "traces/*.onnx", NUM_TRACES)
     monkeypatch.setattr(lower, "_trace", None)
     lower_text_encoder(fresh.pipeline.text_encoder, fresh.weights("text_encoder"))
@@ -61,7 +63,7 @@ def test_what_was_traced_ahead_is_not_traced_again(
 def test_a_trace_that_another_process_is_at_is_waited_for(
     fresh: Model, begun: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with traced_ahead(fresh, ["vae"], half=False, fused=True):
+    with traced_ahead(fresh, ["vae"], WANTED):
         begun()
         monkeypatch.setattr(lower, "_trace", None)
         lower_vae_decoder(fresh.pipeline.vae, fresh.weights("vae"))
@@ -74,7 +76,7 @@ def test_a_process_that_hangs_is_not_waited_for(
     told = lower._trace
     monkeypatch.setattr(traces, "_PATIENCE", 0.1)
     monkeypatch.setattr(lower, "_trace", lambda *args, **options: [told(*args, **options), time.sleep(3600)])
-    with traced_ahead(fresh, ["vae"], half=False, fused=True):
+    with traced_ahead(fresh, ["vae"], WANTED):
         begun()
         monkeypatch.setattr(lower, "_trace", told)
         lower_vae_decoder(fresh.pipeline.vae, fresh.weights("vae"))
@@ -87,5 +89,5 @@ def test_for_little_no_process_is_started(
 ) -> None:
     monkeypatch.setattr(ahead, "_WORTH", worth)
     monkeypatch.setattr(ahead.multiprocessing, "get_context", None)
-    with traced_ahead(on_disk, parts, half=False, fused=True):
+    with traced_ahead(on_disk, parts, WANTED):
         pass

@@ -46,7 +46,7 @@ def test_the_parameters_counted_are_those_that_the_graphs_read(
 def test_the_bytes_are_those_of_the_report(
     on_disk: Model, lowered: LoweredTransformer, tmp_path: Path, bits: Bits
 ) -> None:
-    precision = Precision(bits=bits, group_size=64, half=False, weights={})
+    precision = Precision(bits=bits, group_size=64, weights={})
     with WeightFile(tmp_path) as file:
         stored = store_weights(
             lowered.graph,
