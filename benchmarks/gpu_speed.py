@@ -10,24 +10,32 @@ a process of its own; memory is what it took of the GPU, all that it keeps for l
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import onnx_ir as ir
 import torch
 import typer
+from diffusers import AutoencoderKL
 
+import toolchain.families
 from benchmarks.machine import machine
 from benchmarks.scale_steps import draw_inputs, num_tokens
 from benchmarks.synthetic import STUDENTS, Student, write_student
 from deploy.bundle import open_bundle
-from deploy.session import open_variant
+from deploy.session import PROVIDERS, Session, open_variant
+from deploy.tiles import TILE
+from export.encoders import lower_vae_decoder
 from toolchain.artifacts import read_json, write_json
 from toolchain.families.mmdit import MMDiT, TextStates
 from toolchain.geometry import Unit
@@ -35,7 +43,10 @@ from toolchain.geometry import Unit
 RESULTS = Path(__file__).parent / "results" / "gpu_speed.json"
 MODELS = {"SD3.5-Large-Turbo": "sd3.5-large-turbo-pruned", "FLUX.1-schnell": "flux.1-schnell-pruned"}
 SMALL = {"SD3.5, tiny": "tiny-sd3.5", "FLUX.1, tiny": "tiny-flux"}
-WARM, STEPS = 3, 10
+WARM, STEPS, MOST_SECONDS = 2, 10, 60
+_DECODER = (
+    Path(toolchain.families.__file__).parent / "published/stabilityai/stable-diffusion-3.5-large-turbo/vae"
+)
 
 _TARGET = """name = "here"
 description = "this machine, by onnxruntime"
@@ -54,27 +65,43 @@ def measure(
     small: Annotated[bool, typer.Option("--small", help="The same with tiny models.")] = False,
     output: Annotated[Path, typer.Option(help="JSON to write.")] = RESULTS,
 ) -> None:
-    """Measure every row."""
-    rows: dict[str, Any] = {}
-    for title, name in (SMALL if small else MODELS).items():
-        rows[title] = {
-            f"{what}, bfloat16, torch{', compiled' if compiled else ''}": _ask(
-                "in-torch", name, "--device", device, *whole, *compiled
-            )
-            for compiled in ((), ("--compiled",))
-            for what, whole in (("original", ("--whole",)), ("pruned", ()))
-        }
-        bundle = _bundle(name, scratch, device)
-        rows[title]["pruned, INT4, onnxruntime"] = _ask("in-bundle", str(bundle))
-        shutil.rmtree(bundle)
+    """Measure every row that is missing."""
     gpu = torch.cuda.get_device_name() if device != "cpu" else None
-    write_json(output, {"schema_version": 1, "machine": machine() | {"gpu": gpu}, "models": rows})
-    print(json.dumps(rows, indent=2))
+    results: dict[str, Any] = {"schema_version": 1, "machine": machine() | {"gpu": gpu}, "rows": {}}
+    if output.exists():
+        results["rows"] = read_json(output)["rows"]
+    scratch.mkdir(parents=True, exist_ok=True)
+    for title, arguments in _rows(small, device, scratch):
+        if title not in results["rows"]:
+            results["rows"][title] = _ask(*arguments())
+            write_json(output, results)
+
+
+Row = tuple[str, Callable[[], tuple[str, ...]]]
+"""What it is called, and the command of this module that measures it, which may need something made first."""
+
+
+def _rows(small: bool, device: str, scratch: Path) -> Iterator[Row]:
+    where = ("--device", device)
+    for title, name in (SMALL if small else MODELS).items():
+        for compiled, how in (((), "torch"), (("--compiled",), "torch.compile")):
+            for whole, what in ((("--whole",), "original"), ((), "pruned")):
+                command = ("in-torch", name, *where, *whole, *compiled)
+                yield f"{title}: {what}, bfloat16, {how}", partial(tuple, command)
+        yield f"{title}: pruned, INT4, onnxruntime", partial(_exported, name, scratch, device)
+    sides = (8,) if small else (TILE, TILE // 2)
+    for where in dict.fromkeys((device, "cpu")):
+        for side in sides:
+            command = ("in-decoder", str(side), "--device", where, "--scratch", str(scratch))
+            yield f"{8 * side} x {8 * side} decoded, onnxruntime, {where}", partial(tuple, command)
+
+
+def _exported(name: str, scratch: Path, device: str) -> tuple[str, ...]:
+    return "in-bundle", str(_bundle(name, scratch, device))
 
 
 def _bundle(name: str, scratch: Path, device: str) -> Path:
     """Export the synthetic student, for onnxruntime alone."""
-    scratch.mkdir(parents=True, exist_ok=True)
     checkpoint, bundle, target = (scratch / each for each in (name, f"{name}-bundle", "here.toml"))
     on_gpu = device != "cpu"
     runtime, extends = ("onnxruntime-cuda", "rtx4090") if on_gpu else ("onnxruntime-cpu", "cpu-x86")
@@ -125,13 +152,9 @@ def in_torch(
         for block in view.blocks:  # alike, so compiled once for each kind
             block.compile()
 
-    @torch.inference_mode()
-    def step() -> None:
-        velocity = view.velocity(latents, timesteps, text)
-        if not torch.isfinite(velocity).all():
-            raise SystemExit("the velocity is not finite")
-
-    print(json.dumps(_timed(step) | {"gpu_bytes": _used(where) - before}))
+    with torch.inference_mode():
+        found = _timed(lambda: _require_finite(view.velocity(latents, timesteps, text)))
+    print(json.dumps(found | {"gpu_bytes": _used(where) - before}))
 
 
 def _view(student: Student, device: torch.device, removed: tuple[int, ...]) -> MMDiT:
@@ -141,14 +164,22 @@ def _view(student: Student, device: torch.device, removed: tuple[int, ...]) -> M
         transformer = student.kind.plain(**student.config)
     torch.set_default_dtype(torch.float32)
     view = student.kind(transformer.eval().requires_grad_(False), guidance_scale=0.0)
-    del transformer
-    return view.without([Unit(index) for index in removed], "zero") if removed else view
+    if removed:
+        view = view.without([Unit(index) for index in removed], "zero")
+        del transformer
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return view
+
+
+def _require_finite(found: torch.Tensor) -> None:
+    if not torch.isfinite(found).all():
+        raise SystemExit("what came out is not finite")
 
 
 @app.command()
-def in_bundle(
-    bundle: Annotated[Path, typer.Argument(help="Of one variant.")],
-) -> None:
+def in_bundle(bundle: Annotated[Path, typer.Argument(help="For the target `here`.")]) -> None:
     """Take steps of a bundle's transformer as a device does."""
     opened = open_bundle(bundle, verify=False)
     variant = next(item for item in opened.manifest.variants if item.target == "here")
@@ -158,13 +189,34 @@ def in_bundle(
     before, started = _used(where), time.perf_counter()
     session = open_variant(opened, variant)
     opening = time.perf_counter() - started
-    found = _timed(lambda: session.run(inputs))
+    found = _timed(lambda: _require_finite(torch.from_numpy(session.run(inputs)["velocity"])))
     print(json.dumps(found | {"gpu_bytes": _used(where) - before, "seconds_to_open": opening}))
 
 
+@app.command()
+def in_decoder(
+    side: Annotated[int, typer.Argument(help="Latents along a side.")],
+    device: Annotated[str, typer.Option(help="Where to compute.")] = "cuda",
+    scratch: Annotated[Path, typer.Option(help="Where its graph goes.")] = Path("build/gpu"),
+) -> None:
+    """Decode latents with the decoder of Stable Diffusion 3.5, of random weights, as a device does."""
+    graph = scratch / "decoder" / "model.onnx"
+    if not graph.exists():
+        graph.parent.mkdir()
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(_DECODER))
+        ir.save(lower_vae_decoder(vae, dict(vae.named_parameters())), graph, external_data="weights.data")
+    where = torch.device(device)
+    runtime = "onnxruntime-cpu" if device == "cpu" else "onnxruntime-cuda"
+    latents = np.random.default_rng(0).standard_normal((1, 16, side, side), dtype=np.float32)
+    before = _used(where)
+    session = Session(graph, providers=PROVIDERS[runtime])
+    found = _timed(lambda: _require_finite(torch.from_numpy(session.run({"latents": latents})["image"])))
+    print(json.dumps(found | {"gpu_bytes": _used(where) - before}))
+
+
 def _timed(step: Callable[[], object]) -> dict[str, float]:
-    seconds = []
-    for _ in range(WARM + STEPS):
+    seconds: list[float] = []
+    while len(seconds) < WARM + STEPS and sum(seconds) < MOST_SECONDS:
         started = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - started)

@@ -12,7 +12,7 @@ from deploy.errors import DeployError
 from deploy.gpu import gpu_compute_capability
 from deploy.session import PROVIDERS, available_providers
 
-__all__ = ["choose_variant", "obstacle_of"]
+__all__ = ["choose_variant", "obstacle_of", "others_on_gpu"]
 
 _WITHOUT_ENGINE = ("onnxruntime-tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime-cpu")
 """Best first."""
@@ -66,6 +66,17 @@ def choose_variant(
     raise DeployError(
         f"No variant of {bundle.path} can run here ({'; '.join(reasons)}). "
         "Export again with --target cpu-x86 as well, or run it on its device."
+    )
+
+
+def others_on_gpu() -> tuple[bool, str]:
+    """Say whether the text encoders and the decoder can run on the GPU beside the transformer, and why."""
+    provider = PROVIDERS["onnxruntime-cuda"][0]
+    if provider in available_providers():
+        return True, "text encoders and decoder: on the GPU, too"
+    return False, (
+        f"text encoders and decoder: on the processor, which takes seconds for a picture, because "
+        f"onnxruntime has no {provider} here (pip install 'hptool[edge-gpu]')"
     )
 
 

@@ -7,8 +7,9 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["Gpu", "Gpus", "gpu_compute_capability", "read_gpus"]
+__all__ = ["Gpu", "Gpus", "free_gpu_bytes", "gpu_compute_capability", "read_gpus"]
 
+_DRIVER = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 _NAME_BYTES = 128
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 """Among the driver's device attributes."""
@@ -54,8 +55,27 @@ def read_gpus() -> Gpus:
     return replace(_read_cuda(), driver_version=_driver_version())
 
 
+def free_gpu_bytes() -> int | None:
+    """Return how many bytes of the first visible GPU's memory are free; None where it does not say."""
+    if not _read_cuda().devices:
+        return None
+    driver = _library(_DRIVER)
+    device, free, total, context = ctypes.c_int(), ctypes.c_size_t(), ctypes.c_size_t(), ctypes.c_void_p()
+    try:
+        _call(driver, "cuDeviceGet", ctypes.byref(device), 0)
+        # The context that onnxruntime is going to use: what it takes itself counts as taken.
+        _call(driver, "cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        _call(driver, "cuCtxPushCurrent_v2", context)
+        _call(driver, "cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        _call(driver, "cuCtxPopCurrent_v2", ctypes.byref(context))
+        _call(driver, "cuDevicePrimaryCtxRelease_v2", device)
+    except (_CudaError, AttributeError):
+        return None
+    return free.value
+
+
 def _read_cuda() -> Gpus:
-    driver = _library("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    driver = _library(_DRIVER)
     if driver is None:
         return Gpus()
     devices: tuple[Gpu, ...] = ()

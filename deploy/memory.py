@@ -10,15 +10,28 @@ from typing import Literal
 from rich.filesize import decimal
 
 from deploy.bundle import Bundle, Variant
+from deploy.tiles import TILE
 from profiles.schema import PROCESSOR_RUNTIMES
 
-__all__ = ["Keep", "available_bytes", "choose_keep", "give_back", "loaded_bytes", "total_bytes"]
+__all__ = [
+    "Keep",
+    "available_bytes",
+    "choose_keep",
+    "choose_tile",
+    "give_back",
+    "loaded_bytes",
+    "total_bytes",
+]
 
 Keep = Literal["all", "one"]
 """Which parts stay loaded: all of them, or the one that runs."""
 
 _BYTES_PER_FILE_BYTE = 2
 """Weights stored in float16 are float32 once they are loaded; of others, half is left to compute in."""
+
+DECODING_BYTES = {TILE // 2: 3_000_000_000, TILE: 10_000_000_000}
+"""By latents along a side, what onnxruntime takes of a GPU to decode them for Stable Diffusion 3.5 or FLUX.1,
+whose decoders are alike; measured on an H100 (benchmarks/gpu_speed.py)."""
 
 _MADV_PAGEOUT = 21
 
@@ -29,27 +42,49 @@ _CGROUPS = (
 )
 
 
-def choose_keep(bundle: Bundle, variant: Variant, available: int | None) -> tuple[Keep, str]:
+def choose_keep(
+    bundle: Bundle, variant: Variant, available: int | None, *, on_gpu: bool = False
+) -> tuple[Keep, str]:
     """Choose which parts stay loaded, and say why.
 
     Args:
-        available: Bytes of memory; None, where the system does not say, keeps all.
+        available: Bytes of memory, the GPU's where all parts are there; None, where the system does not say,
+            keeps all.
+        on_gpu: Whether all parts run on the GPU.
     """
     if available is None:
         return "all", "all parts stay loaded: the system does not say how much memory it has"
-    needed = _BYTES_PER_FILE_BYTE * loaded_bytes(bundle, variant)
+    needed = _BYTES_PER_FILE_BYTE * loaded_bytes(bundle, variant, on_gpu=on_gpu)
+    if on_gpu:
+        needed += DECODING_BYTES[TILE // 2]
     keep: Keep = "all" if needed <= available else "one"
     what = "all parts stay loaded" if keep == "all" else "parts are loaded one at a time"
-    sizes = f"together they take {decimal(needed)}, and {decimal(available)} of memory are available"
+    whose = "of the GPU's memory" if on_gpu else "of memory"
+    sizes = f"together they take {decimal(needed)}, and {decimal(available)} {whose} are available"
     return keep, f"{what}: {sizes}"
 
 
-def loaded_bytes(bundle: Bundle, variant: Variant) -> int:
-    """Return the bytes of the files that are read into the machine's memory, weights and graphs."""
+def choose_tile(bundle: Bundle, variant: Variant, available: int | None) -> int:
+    """Choose how many latents along a side a GPU decodes at a time.
+
+    Args:
+        available: Bytes of the GPU's memory; None, where it does not say, is little.
+    """
+    rest = (available or 0) - _BYTES_PER_FILE_BYTE * loaded_bytes(bundle, variant, on_gpu=True)
+    return TILE if rest >= DECODING_BYTES[TILE] else TILE // 2
+
+
+def loaded_bytes(bundle: Bundle, variant: Variant, *, on_gpu: bool = False) -> int:
+    """Return the bytes of the files that are read into the machine's memory, weights and graphs.
+
+    Args:
+        on_gpu: Whether all parts are on the GPU, whose memory it is then.
+    """
+    # Where the other parts are not on the GPU, the transformer's weights alone may be.
+    whole = on_gpu or variant.runtime in PROCESSOR_RUNTIMES
     # The weights lie beside the graph, in one file for all graphs of a component.
-    paths = [graphs[0].path for name, graphs in bundle.manifest.graphs.items() if name != "transformer"]
-    if variant.runtime in PROCESSOR_RUNTIMES:  # the weights of others go to the GPU's own memory
-        paths.append(variant.path)
+    graphs = bundle.manifest.graphs.items()
+    paths = [each[0].path for name, each in graphs if whole or name != "transformer"]
     directories = {path.rpartition("/")[0] for path in paths}
     files = bundle.manifest.files.items()
     return sum(file.bytes for path, file in files if path.rpartition("/")[0] in directories)

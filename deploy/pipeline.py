@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from deploy.bundle import Bundle, Variant, open_bundle
-from deploy.choice import choose_variant
+from deploy.choice import choose_variant, others_on_gpu
 from deploy.errors import Cancelled, DeployError, extra
+from deploy.gpu import free_gpu_bytes
 from deploy.kept import cache_directory
-from deploy.memory import Keep, available_bytes, choose_keep
+from deploy.memory import Keep, available_bytes, choose_keep, choose_tile
 from deploy.sampler import euler_step, sigmas
 from deploy.session import AnySession, open_graph, open_variant
 from deploy.signature import open_signed_bundle
 from deploy.tiles import TILE, decode_tiled
+from profiles.schema import PROCESSOR_RUNTIMES
 
 with extra("edge"):
     import numpy as np
@@ -77,6 +79,8 @@ class EdgePipeline:
         threads: int | None = None,
         keep: Keep = "all",
         cache: Path | None = None,
+        on_gpu: bool = False,
+        tile: int = TILE,
     ) -> None:
         """Take a bundle that is open and the variant of its transformer to run; see `open`."""
         self.bundle = bundle
@@ -85,7 +89,7 @@ class EdgePipeline:
         """Why this variant, one line for each that was looked at."""
         self.keep = keep
         """Which parts stay loaded: all, or the one that ran last."""
-        self._threads, self._cache = threads, cache
+        self._threads, self._cache, self._on_gpu, self._tile = threads, cache, on_gpu, tile
         self._sessions: dict[str, AnySession] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
         self._texts: dict[str, tuple[Floats, Floats]] = {}
@@ -126,13 +130,29 @@ class EdgePipeline:
         bundle = open_bundle(path, verify=verify) if key is None else open_signed_bundle(path, key)
         available = available_bytes()
         variant, reasons = choose_variant(bundle, target, runtime=runtime, available=available)
+        on_gpu, tile = False, TILE
+        if variant.runtime not in PROCESSOR_RUNTIMES:
+            on_gpu, reason = others_on_gpu()
+            reasons.append(reason)
+        if on_gpu:
+            available = free_gpu_bytes()
+            tile = choose_tile(bundle, variant, available)
         if keep is None:
-            keep, reason = choose_keep(bundle, variant, available)
+            keep, reason = choose_keep(bundle, variant, available, on_gpu=on_gpu)
             reasons.append(reason)
         for reason in reasons:
             logger.info("%s", reason)
         kept = cache_directory() if cache is None else Path(cache)
-        return cls(bundle, variant, reasons=reasons, threads=threads, keep=keep, cache=kept)
+        return cls(
+            bundle,
+            variant,
+            reasons=reasons,
+            threads=threads,
+            keep=keep,
+            cache=kept,
+            on_gpu=on_gpu,
+            tile=tile,
+        )
 
     def __call__(
         self,
@@ -407,9 +427,9 @@ class EdgePipeline:
             image: Floats = self._run("vae_decoder", latents=tile[None])["image"][0]
             return image
 
-        if max(scaled.shape[1:]) <= TILE:
+        if max(scaled.shape[1:]) <= self._tile:
             return decode(scaled)
-        return decode_tiled(decode, scaled, self.bundle.manifest.architecture.vae_scale_factor)
+        return decode_tiled(decode, scaled, self.bundle.manifest.architecture.vae_scale_factor, self._tile)
 
     def _run(self, component: str, **inputs: NDArray[Any]) -> dict[str, Floats]:
         outputs = self._session(component).run(inputs)
@@ -426,7 +446,13 @@ class EdgePipeline:
             else:
                 graphs = self.bundle.manifest.graphs[component]
                 graph = next((graph for graph in graphs if graph.activations == "float32"), graphs[0])
-                session = open_graph(self.bundle, graph.path, threads=self._threads, cache=self._cache)
+                session = open_graph(
+                    self.bundle,
+                    graph.path,
+                    on_gpu=self._on_gpu,
+                    threads=self._threads,
+                    cache=self._cache,
+                )
             self._sessions[component] = session
             self._load_ms += _milliseconds_since(start)
         return self._sessions[component]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,14 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
 }
 """By runtime, onnxruntime's execution providers, best first."""
 
+_PROVIDER_OPTIONS = {
+    "CUDAExecutionProvider": {
+        "arena_extend_strategy": "kSameAsRequested",  # it would take the next power of two
+        "cudnn_conv_algo_search": "HEURISTIC",  # to try them all takes a second for each size
+        "use_tf32": "0",  # in which a picture would differ from a processor's
+    }
+}
+
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
@@ -85,7 +95,8 @@ class Session:
         if lost := [provider for provider in providers if provider not in actual]:
             raise DeployError(
                 f"onnxruntime did not start {', '.join(lost)} for {self.path}; it would have run on "
-                f"{', '.join(actual)} instead. Check the device's driver and libraries."
+                f"{', '.join(actual)} instead. Check the device's driver, and that CUDA and cuDNN are there "
+                "(pip install 'onnxruntime-gpu[cuda,cudnn]')."
             )
         self._session.disable_fallback()
         self._dtypes = {node.name: _DTYPES[node.type] for node in self._session.get_inputs()}
@@ -217,12 +228,18 @@ def open_variant(
 
 
 def open_graph(
-    bundle: Bundle, path: str, *, threads: int | None = None, cache: Path | None = None
+    bundle: Bundle,
+    path: str,
+    *,
+    on_gpu: bool = False,
+    threads: int | None = None,
+    cache: Path | None = None,
 ) -> Session:
     """Open a graph of a bundle in onnxruntime.
 
     Args:
         path: In the bundle.
+        on_gpu: Whether it runs on the GPU and not on the processor.
         threads: Of one operator; None takes one for every core.
         cache: Where the graph is kept as this processor wants it, if its weights are many; None opens it as
             it is.
@@ -231,6 +248,8 @@ def open_graph(
         DeployError: The graph cannot be loaded.
     """
     graph = bundle.file(path)
+    if on_gpu:
+        return Session(graph, providers=PROVIDERS["onnxruntime-cuda"], threads=threads)
     num_bytes = sum(file.bytes for file in graph_files(bundle.manifest.files, path).values())
     if cache is not None and num_bytes >= MINIMUM_BYTES:
         facts = graph_digests(bundle.manifest.files, path)
@@ -299,8 +318,12 @@ def _options(*, optimize: bool, threads: int | None = None) -> Any:
 
 
 def _load(path: Path, options: Any, providers: Sequence[str]) -> Any:
+    if "CUDAExecutionProvider" in providers:
+        with redirect_stdout(sys.stderr):  # what it does not find it says on standard output
+            onnxruntime.preload_dlls()  # from packages beside it, where the system does not look
+    chosen = [(provider, _PROVIDER_OPTIONS.get(provider, {})) for provider in providers]
     try:
-        return onnxruntime.InferenceSession(path, options, providers=list(providers))
+        return onnxruntime.InferenceSession(path, options, providers=chosen)
     except Exception as error:  # its exceptions have no public base class
         raise DeployError(f"onnxruntime cannot load {path}: {_first_line(error)}") from error
 

@@ -25,7 +25,9 @@ OVERLAP = 32
 """Latents, at least, that neighbouring tiles share."""
 
 
-def decode_tiled(decode: Callable[[Floats], Floats], latents_Chw: Floats, factor: int) -> Floats:
+def decode_tiled(
+    decode: Callable[[Floats], Floats], latents_Chw: Floats, factor: int, size: int = TILE
+) -> Floats:
     """Decode latents [C, h, w] tile by tile, each faded linearly into the next.
 
     A decoder that normalises over all that it sees makes nearly the picture of a single pass; the very same
@@ -34,13 +36,14 @@ def decode_tiled(decode: Callable[[Floats], Floats], latents_Chw: Floats, factor
     Args:
         decode: From latents [C, h, w] of one tile to the picture [3, H, W] of it. Tiles have one size.
         factor: Pixels along a side of one latent.
+        size: Latents along a side of a tile, at most.
 
     Returns:
         The picture [3, H, W].
     """
     height, width = latents_Chw.shape[1:]
-    tile_height, tile_width = min(height, TILE), min(width, TILE)
-    rows, columns = _starts(height), _starts(width)
+    tile_height, tile_width = min(height, size), min(width, size)
+    rows, columns = _starts(height, size), _starts(width, size)
     row_weights, column_weights = _weights(rows, tile_height, factor), _weights(columns, tile_width, factor)
     picture = np.zeros((3, height * factor, width * factor), np.float32)
     total = np.zeros(picture.shape[1:], np.float32)
@@ -57,12 +60,12 @@ def decode_tiled(decode: Callable[[Floats], Floats], latents_Chw: Floats, factor
     return picture
 
 
-def _starts(size: int) -> list[int]:
+def _starts(length: int, size: int) -> list[int]:
     """Return where tiles start along a side, evenly spread, the last ending with the side."""
-    if size <= TILE:
+    if length <= size:
         return [0]
-    num_tiles = math.ceil((size - OVERLAP) / (TILE - OVERLAP))
-    return [round(index * (size - TILE) / (num_tiles - 1)) for index in range(num_tiles)]
+    num_tiles = math.ceil((length - OVERLAP) / (size - OVERLAP))
+    return [round(index * (length - size) / (num_tiles - 1)) for index in range(num_tiles)]
 
 
 def _weights(starts: list[int], size: int, factor: int) -> list[Floats]:
