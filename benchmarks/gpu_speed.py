@@ -33,8 +33,8 @@ from benchmarks.machine import machine
 from benchmarks.scale_steps import draw_inputs, num_tokens
 from benchmarks.synthetic import STUDENTS, Student, write_student
 from deploy.bundle import open_bundle
+from deploy.memory import TILE
 from deploy.session import PROVIDERS, Session, open_variant
-from deploy.tiles import TILE
 from export.encoders import lower_vae_decoder
 from toolchain.artifacts import read_json, write_json
 from toolchain.families.mmdit import MMDiT, TextStates

@@ -10,6 +10,7 @@ from deploy.bundle import ENGINE_RUNTIMES, Bundle, Variant, graph_files
 from deploy.engine import EXTRAS, MODULES
 from deploy.errors import DeployError
 from deploy.gpu import gpu_compute_capability
+from deploy.memory import others_bytes
 from deploy.session import PROVIDERS, available_providers
 
 __all__ = ["choose_variant", "obstacle_of", "others_on_gpu"]
@@ -69,15 +70,20 @@ def choose_variant(
     )
 
 
-def others_on_gpu() -> tuple[bool, str]:
-    """Say whether the text encoders and the decoder can run on the GPU beside the transformer, and why."""
+def others_on_gpu(bundle: Bundle, free: int | None) -> tuple[bool, str]:
+    """Say whether text encoders and decoder run on the GPU beside the transformer, and why.
+
+    Args:
+        free: Bytes of the GPU's memory; None, where it does not say, is enough.
+    """
     provider = PROVIDERS["onnxruntime-cuda"][0]
-    if provider in available_providers():
+    if provider not in available_providers():
+        obstacle = f"onnxruntime has no {provider} here (pip install 'hptool[edge-gpu]')"
+    elif free is not None and free < (needed := others_bytes(bundle)):
+        obstacle = f"the largest takes {decimal(needed)}, and {decimal(free)} of the GPU's memory are free"
+    else:
         return True, "text encoders and decoder: on the GPU, too"
-    return False, (
-        f"text encoders and decoder: on the processor, which takes seconds for a picture, because "
-        f"onnxruntime has no {provider} here (pip install 'hptool[edge-gpu]')"
-    )
+    return False, f"text encoders and decoder: on the processor, which takes longer, because {obstacle}"
 
 
 def _too_large(bundle: Bundle, variant: Variant, available: int | None) -> str | None:

@@ -65,10 +65,13 @@ def free_gpu_bytes() -> int | None:
         _call(driver, "cuDeviceGet", ctypes.byref(device), 0)
         # The context that onnxruntime is going to use: what it takes itself counts as taken.
         _call(driver, "cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-        _call(driver, "cuCtxPushCurrent_v2", context)
-        _call(driver, "cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
-        _call(driver, "cuCtxPopCurrent_v2", ctypes.byref(context))
-        _call(driver, "cuDevicePrimaryCtxRelease_v2", device)
+        try:
+            _call(driver, "cuCtxPushCurrent_v2", context)
+            status = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+            _call(driver, "cuCtxPopCurrent_v2", ctypes.byref(context))
+            _check(driver, "cuMemGetInfo_v2", status)
+        finally:
+            driver.cuDevicePrimaryCtxRelease_v2(device)
     except (_CudaError, AttributeError):
         return None
     return free.value

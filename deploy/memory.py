@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 from rich.filesize import decimal
 
 from deploy.bundle import Bundle, Variant
-from deploy.tiles import TILE
 from profiles.schema import PROCESSOR_RUNTIMES
 
 __all__ = [
+    "DECODING_BYTES",
+    "TILE",
     "Keep",
     "available_bytes",
     "choose_keep",
     "choose_tile",
     "give_back",
     "loaded_bytes",
+    "others_bytes",
     "total_bytes",
 ]
 
@@ -29,6 +32,8 @@ Keep = Literal["all", "one"]
 _BYTES_PER_FILE_BYTE = 2
 """Weights stored in float16 are float32 once they are loaded; of others, half is left to compute in."""
 
+TILE = 128
+"""Latents along a side that are decoded at a time: 1024 pixels, which the decoders were trained on."""
 DECODING_BYTES = {TILE // 2: 3_000_000_000, TILE: 10_000_000_000}
 """By latents along a side, what onnxruntime takes of a GPU to decode them for Stable Diffusion 3.5 or FLUX.1,
 whose decoders are alike; measured on an H100 (benchmarks/gpu_speed.py)."""
@@ -74,6 +79,17 @@ def choose_tile(bundle: Bundle, variant: Variant, available: int | None) -> int:
     return TILE if rest >= DECODING_BYTES[TILE] else TILE // 2
 
 
+def others_bytes(bundle: Bundle) -> int:
+    """Return the bytes of a GPU's memory that the largest of the parts beside the transformer takes."""
+    needed = {
+        name: _BYTES_PER_FILE_BYTE * _bytes_of(bundle, [name])
+        for name in bundle.manifest.graphs
+        if name != "transformer"
+    }
+    needed["vae_decoder"] += DECODING_BYTES[TILE // 2]
+    return max(needed.values())
+
+
 def loaded_bytes(bundle: Bundle, variant: Variant, *, on_gpu: bool = False) -> int:
     """Return the bytes of the files that are read into the machine's memory, weights and graphs.
 
@@ -82,9 +98,12 @@ def loaded_bytes(bundle: Bundle, variant: Variant, *, on_gpu: bool = False) -> i
     """
     # Where the other parts are not on the GPU, the transformer's weights alone may be.
     whole = on_gpu or variant.runtime in PROCESSOR_RUNTIMES
+    return _bytes_of(bundle, [name for name in bundle.manifest.graphs if whole or name != "transformer"])
+
+
+def _bytes_of(bundle: Bundle, components: Iterable[str]) -> int:
     # The weights lie beside the graph, in one file for all graphs of a component.
-    graphs = bundle.manifest.graphs.items()
-    paths = [each[0].path for name, each in graphs if whole or name != "transformer"]
+    paths = [bundle.manifest.graphs[name][0].path for name in components]
     directories = {path.rpartition("/")[0] for path in paths}
     files = bundle.manifest.files.items()
     return sum(file.bytes for path, file in files if path.rpartition("/")[0] in directories)

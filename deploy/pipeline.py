@@ -18,11 +18,11 @@ from deploy.choice import choose_variant, others_on_gpu
 from deploy.errors import Cancelled, DeployError, extra
 from deploy.gpu import free_gpu_bytes
 from deploy.kept import cache_directory
-from deploy.memory import Keep, available_bytes, choose_keep, choose_tile
+from deploy.memory import TILE, Keep, available_bytes, choose_keep, choose_tile
 from deploy.sampler import euler_step, sigmas
 from deploy.session import AnySession, open_graph, open_variant
 from deploy.signature import open_signed_bundle
-from deploy.tiles import TILE, decode_tiled
+from deploy.tiles import decode_tiled
 from profiles.schema import PROCESSOR_RUNTIMES
 
 with extra("edge"):
@@ -132,11 +132,11 @@ class EdgePipeline:
         variant, reasons = choose_variant(bundle, target, runtime=runtime, available=available)
         on_gpu, tile = False, TILE
         if variant.runtime not in PROCESSOR_RUNTIMES:
-            on_gpu, reason = others_on_gpu()
+            free = free_gpu_bytes()
+            on_gpu, reason = others_on_gpu(bundle, free)
             reasons.append(reason)
-        if on_gpu:
-            available = free_gpu_bytes()
-            tile = choose_tile(bundle, variant, available)
+            if on_gpu:
+                available, tile = free, choose_tile(bundle, variant, free)
         if keep is None:
             keep, reason = choose_keep(bundle, variant, available, on_gpu=on_gpu)
             reasons.append(reason)

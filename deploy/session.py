@@ -48,13 +48,10 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
 }
 """By runtime, onnxruntime's execution providers, best first."""
 
-_PROVIDER_OPTIONS = {
-    "CUDAExecutionProvider": {
-        "arena_extend_strategy": "kSameAsRequested",  # it would take the next power of two
-        "cudnn_conv_algo_search": "HEURISTIC",  # to try them all takes a second for each size
-        "use_tf32": "0",  # in which a picture would differ from a processor's
-    }
-}
+_CUDA_OPTIONS = {"arena_extend_strategy": "kSameAsRequested"}
+"""It would take the next power of two."""
+_DECODER_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}
+"""To try each way of a convolution takes a second for every new size of picture."""
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
@@ -67,6 +64,7 @@ class Session:
         path: str | os.PathLike[str],
         *,
         providers: tuple[str, ...] = CPU,
+        cuda_options: Mapping[str, str] | None = None,
         threads: int | None = None,
         optimize: bool = True,
     ) -> None:
@@ -74,6 +72,7 @@ class Session:
 
         Args:
             providers: onnxruntime's execution providers, all of which have to be there.
+            cuda_options: Of the one for CUDA, beside our own.
             threads: Of one operator; None takes one for every core.
             optimize: Whether to rewrite the graph for the provider; one that was prepared has been.
 
@@ -89,7 +88,8 @@ class Session:
                 f"onnxruntime {onnxruntime.__version__} has no {', '.join(absent)} here, "
                 f"only {', '.join(available)}. Install the onnxruntime package that brings it."
             )
-        self._session = _load(self.path, _options(optimize=optimize, threads=threads), providers)
+        chosen = _with_options(providers, cuda_options or {})
+        self._session = _load(self.path, _options(optimize=optimize, threads=threads), chosen)
         # A provider that fails to start is left out with a line in the log, and everything runs on the CPU.
         actual = self._session.get_providers()
         if lost := [provider for provider in providers if provider not in actual]:
@@ -249,7 +249,8 @@ def open_graph(
     """
     graph = bundle.file(path)
     if on_gpu:
-        return Session(graph, providers=PROVIDERS["onnxruntime-cuda"], threads=threads)
+        cuda = PROVIDERS["onnxruntime-cuda"]
+        return Session(graph, providers=cuda, cuda_options=_DECODER_OPTIONS, threads=threads)
     num_bytes = sum(file.bytes for file in graph_files(bundle.manifest.files, path).values())
     if cache is not None and num_bytes >= MINIMUM_BYTES:
         facts = graph_digests(bundle.manifest.files, path)
@@ -317,13 +318,18 @@ def _options(*, optimize: bool, threads: int | None = None) -> Any:
     return options
 
 
-def _load(path: Path, options: Any, providers: Sequence[str]) -> Any:
-    if "CUDAExecutionProvider" in providers:
-        with redirect_stdout(sys.stderr):  # what it does not find it says on standard output
-            onnxruntime.preload_dlls()  # from packages beside it, where the system does not look
-    chosen = [(provider, _PROVIDER_OPTIONS.get(provider, {})) for provider in providers]
+def _with_options(providers: Sequence[str], cuda_options: Mapping[str, str]) -> list[Any]:
+    if "CUDAExecutionProvider" not in providers:
+        return list(providers)
+    with redirect_stdout(sys.stderr):  # what it does not find it says on standard output
+        onnxruntime.preload_dlls()  # from packages beside it, where the system does not look
+    own = {"CUDAExecutionProvider": {**_CUDA_OPTIONS, **cuda_options}}
+    return [(provider, own.get(provider, {})) for provider in providers]
+
+
+def _load(path: Path, options: Any, providers: Sequence[Any]) -> Any:
     try:
-        return onnxruntime.InferenceSession(path, options, providers=chosen)
+        return onnxruntime.InferenceSession(path, options, providers=list(providers))
     except Exception as error:  # its exceptions have no public base class
         raise DeployError(f"onnxruntime cannot load {path}: {_first_line(error)}") from error
 

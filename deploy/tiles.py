@@ -10,17 +10,16 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from deploy.errors import extra
+from deploy.memory import TILE
 
 with extra("edge"):
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["OVERLAP", "TILE", "decode_tiled"]
+__all__ = ["OVERLAP", "decode_tiled"]
 
 Floats = NDArray[np.float32]
 
-TILE = 128
-"""Latents along a side of a tile: those of 1024 pixels, which the decoders were trained on."""
 OVERLAP = 32
 """Latents, at least, that neighbouring tiles share."""
 

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from typing import Literal
 
 from deploy.engine import build_memory_bytes
-from deploy.tiles import TILE
+from deploy.memory import TILE
 from export.components import Precision, num_tokens, part_bits
 from export.denoiser import lower_transformer
 from export.encoders import is_t5, lower_vae_decoder
@@ -40,6 +40,9 @@ _PREPARED_FROM = 64 << 20
 """Of weights; smaller graphs are held as they were read and as they were rearranged."""
 _GPU_CONTEXT_BYTES = 500_000_000
 """Of CUDA and TensorRT on a GPU; assumed."""
+_CUDA_BYTES, _CUDA_ARENA, _CUDA_DECODING = 1_300_000_000, 4.4, 2.7
+"""The same of CUDA and onnxruntime, and what that takes by what a transformer's values do, and a decoder's;
+measured on an H100 at two transformers (benchmarks/gpu_speed.py) and one decoder."""
 _PREPARED_DISK = 2.3
 """Bytes of a prepared graph's files by those of the weights; measured."""
 _LARGEST_RATIO = 0.5
@@ -223,7 +226,8 @@ def fit_target(size: ModelSize, target: Profile, bits: Bits, ratio: float = 0.0)
     graph = size.transformer(batch, height, width, target.text_tokens or num_tokens(model))
     has_engine = target.runtimes[0] in ("tensorrt", "tensorrt-rtx")
     # Engines and onnxruntime's own operator compute attention in pieces.
-    activations = _arena(round(_scale(target) * activation_bytes(graph, fused_attention=True)))
+    values = _scale(target) * activation_bytes(graph, fused_attention=True)
+    activations = round((_CUDA_ARENA if target.runtimes[0] == "onnxruntime-cuda" else _ARENA) * values)
     need = partial(_need, size.parts, size.working(height, width), target, activations)
     found = need(bits, ratio)
     kept = round((1 - ratio) * size.parts["transformer"].stored[bits])
@@ -293,10 +297,14 @@ def _need(
     stored = {name: part.stored[bits] for name, part in parts.items()}
     kept = round((1 - ratio) * stored["transformer"])
     bundle = sum(stored.values()) - stored["transformer"] + kept
-    gpu = _GPU_CONTEXT_BYTES + kept + activations
+    context = _CUDA_BYTES if target.runtimes[0] == "onnxruntime-cuda" else _GPU_CONTEXT_BYTES
+    gpu = context + kept + activations
     if target.uses_gpu and not target.memory_shared:
+        # The other parts go there, too, if there is room for them, and stay on the processor if not.
+        others = sum(loaded.values()) + round(_CUDA_DECODING / _ARENA * max(working.values()))
         host = _PROCESS_BYTES + max(turns.values())
-        return _Need(together=gpu, in_turn=gpu, largest="transformer", host=host, disk=bundle + kept)
+        together = gpu - context + _CUDA_BYTES + others
+        return _Need(together=together, in_turn=gpu, largest="transformer", host=host, disk=bundle + kept)
     if target.uses_gpu:
         together, prepared = gpu + sum(loaded.values()) + max(working.values()), kept
         turns["transformer"] = gpu

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from deploy.gpu import Gpu, Gpus, gpu_compute_capability, read_gpus
+from deploy.gpu import Gpu, Gpus, free_gpu_bytes, gpu_compute_capability, read_gpus
 
 CARDS = (
     Gpu(name="NVIDIA GeForce RTX 4090", compute_capability="8.9", memory_bytes=25_757_220_864),
@@ -16,8 +16,8 @@ CARDS = (
 class Driver:
     """As much of the CUDA driver as is asked."""
 
-    def __init__(self, cards: tuple[Gpu, ...] = CARDS, status: int = 0) -> None:
-        self.cards = cards
+    def __init__(self, cards: tuple[Gpu, ...] = CARDS, status: int = 0, full: int = 0) -> None:
+        self.cards, self.full = cards, full
         self.status = status if cards else 100
 
     def cuDriverGetVersion(self, version: Any) -> int:  # noqa: N802
@@ -52,6 +52,25 @@ class Driver:
         value._obj.value = int(capability[{75: 0, 76: 1}[attribute]])
         return 0
 
+    def cuDevicePrimaryCtxRetain(self, context: Any, device: Any) -> int:  # noqa: N802
+        context._obj.value = 1 + device.value
+        return 0
+
+    def cuCtxPushCurrent_v2(self, context: Any) -> int:  # noqa: N802
+        self.contexts = [context.value]
+        return 0
+
+    def cuMemGetInfo_v2(self, free: Any, total: Any) -> int:  # noqa: N802
+        free._obj.value = 20_000_000_000 if self.contexts == [1] else 0
+        return self.full
+
+    def cuCtxPopCurrent_v2(self, context: Any) -> int:  # noqa: N802
+        self.contexts = []
+        return 0
+
+    def cuDevicePrimaryCtxRelease_v2(self, device: Any) -> int:  # noqa: N802
+        return 0
+
 
 class Management:
     """As much of the driver's management library as is asked."""
@@ -81,6 +100,17 @@ def test_every_gpu_and_both_versions_are_read(monkeypatch: pytest.MonkeyPatch) -
     install(monkeypatch, cuda=Driver(), ml=Management())
     assert read_gpus() == Gpus(devices=CARDS, cuda_version="12.8", driver_version="570.86.15")
     assert gpu_compute_capability() == "8.9"
+
+
+@pytest.mark.parametrize(
+    ("driver", "free"), [(Driver(), 20_000_000_000), (Driver(full=2), None), (Driver(cards=()), None)]
+)
+def test_free_memory_is_that_of_the_first_gpu(
+    monkeypatch: pytest.MonkeyPatch, driver: Driver, free: int | None
+) -> None:
+    install(monkeypatch, cuda=driver)
+    assert free_gpu_bytes() == free
+    assert getattr(driver, "contexts", []) == []
 
 
 def test_the_management_library_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 
 from deploy.bundle import Bundle, open_bundle
-from deploy.memory import available_bytes, choose_keep, give_back, loaded_bytes, total_bytes
+from deploy.memory import (
+    DECODING_BYTES,
+    TILE,
+    available_bytes,
+    choose_keep,
+    choose_tile,
+    give_back,
+    loaded_bytes,
+    others_bytes,
+    total_bytes,
+)
 
 MakeBundle = Callable[..., Path]
 
@@ -41,6 +51,20 @@ def test_parts_stay_while_twice_their_files_fit(bundle: Bundle) -> None:
     assert choose_keep(bundle, cpu, needed)[0] == "all"
     assert choose_keep(bundle, cpu, needed - 1)[0] == "one"
     assert choose_keep(bundle, cpu, None)[0] == "all"
+
+
+def test_on_a_gpu_all_parts_count_and_what_the_decoder_takes(bundle: Bundle) -> None:
+    engine, cpu = bundle.manifest.variants
+    everything = loaded_bytes(bundle, cpu)
+    assert loaded_bytes(bundle, engine, on_gpu=True) == everything
+    needed = 2 * everything + DECODING_BYTES[TILE // 2]
+    assert choose_keep(bundle, engine, needed, on_gpu=True)[0] == "all"
+    keep, reason = choose_keep(bundle, engine, needed - 1, on_gpu=True)
+    assert keep == "one"
+    assert "of the GPU's memory are available" in reason
+    assert choose_tile(bundle, engine, 2 * everything + DECODING_BYTES[TILE]) == TILE
+    assert choose_tile(bundle, engine, 2 * everything + DECODING_BYTES[TILE] - 1) == TILE // 2
+    assert DECODING_BYTES[TILE // 2] < others_bytes(bundle) < needed
 
 
 def test_reason_names_both_sizes(bundle: Bundle) -> None:

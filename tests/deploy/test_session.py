@@ -93,6 +93,31 @@ def test_provider_that_does_not_start_is_no_silent_fallback(
         Session(halves, providers=("CUDAExecutionProvider",))
 
 
+def test_cuda_takes_the_memory_it_is_asked_for_and_finds_libraries_in_packages(
+    halves: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    asked: list[Any] = []
+
+    class Cuda(onnxruntime.InferenceSession):
+        def __init__(self, path: Path, options: onnxruntime.SessionOptions, providers: list[Any]) -> None:
+            asked.append(providers)
+            super().__init__(path, options, providers=["CPUExecutionProvider"])
+
+        def get_providers(self) -> list[str]:
+            return list(wanted)
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(wanted))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Cuda)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: asked.append("preload"))
+    Session(halves, providers=wanted, cuda_options={"use_tf32": "0"})
+    cuda = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+    assert asked == ["preload", [("CUDAExecutionProvider", cuda), ("CPUExecutionProvider", {})]]
+    asked.clear()
+    Session(halves)
+    assert asked == [["CPUExecutionProvider"]]
+
+
 # In processes of their own: Polygraphy settles on one TensorRT when it is first imported.
 OPEN_ENGINE = """
 import sys

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deploy.tiles import OVERLAP, TILE, decode_tiled
+from deploy.memory import TILE
+from deploy.tiles import OVERLAP, decode_tiled
 
 FACTOR = 2
 
@@ -26,6 +27,10 @@ def test_tiles_make_the_picture_of_one_pass(height: int, width: int) -> None:
 
     np.testing.assert_allclose(decode_tiled(decode, latents, FACTOR), enlarge(latents), rtol=1e-6, atol=1e-6)
     assert sizes == {(3, min(height, TILE), min(width, TILE))}
+    sizes.clear()
+    found = decode_tiled(decode, latents, FACTOR, TILE // 2)
+    np.testing.assert_allclose(found, enlarge(latents), rtol=1e-6, atol=1e-6)
+    assert sizes == {(3, 64, 64)}
 
 
 def test_neighbouring_tiles_fade_linearly_into_each_other() -> None:

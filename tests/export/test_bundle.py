@@ -24,6 +24,7 @@ from export import components, space
 from export.bundle import export_bundle
 from export.cache import ComponentCache
 from export.calibration import calibrate
+from export.components import GRAPHS
 from export.denoiser import LoweredTransformer
 from export.errors import ExportError
 from export.quantize import QuantReport
@@ -58,7 +59,8 @@ def run(bundle: Bundle, graph: str, inputs: dict[str, torch.Tensor]) -> list[np.
 def test_the_files_are_those_of_the_format(bundle: Bundle, gpu: Profile) -> None:
     parts = ("text_encoder", "text_encoder_2", "vae_decoder", "transformer")
     expected = {f"{part}/{name}" for part in parts for name in ("model.onnx", "weights.data")}
-    expected |= {"transformer/model.fp16.onnx", "parity.json", "engines.json", "LICENSE"}
+    expected |= {"transformer/model.fp16.onnx", "transformer/model.fp16.cuda.onnx"}
+    expected |= {"parity.json", "engines.json", "LICENSE"}
     expected |= {"tokenizer/tokenizer.json", "tokenizer_2/tokenizer.json"}
     if "tensorrt-rtx" in gpu.runtimes:
         (engine,) = bundle.path.glob("engines/*")
@@ -111,7 +113,7 @@ def test_a_target_has_a_variant_for_each_of_its_runtimes(bundle: Bundle, gpus: l
     wanted = [(profile.name, runtime) for profile in gpus for runtime in profile.runtimes]
     assert found == [*wanted, ("cpu-x86", "openvino"), ("cpu-x86", "onnxruntime-cpu")]
     half = {variant.path for variant in bundle.manifest.variants if variant.runtime == "onnxruntime-cuda"}
-    assert half == {"transformer/model.fp16.onnx"}
+    assert half == {"transformer/model.fp16.cuda.onnx"}
 
 
 def test_a_processor_computes_in_float32_whatever_the_target_asks(
@@ -124,8 +126,9 @@ def test_a_processor_computes_in_float32_whatever_the_target_asks(
     assert "engines.json" not in made.manifest.files
 
 
-@pytest.mark.parametrize("graph", ["transformer/model.onnx", "transformer/model.fp16.onnx"])
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_every_linear_of_the_blocks_is_int4(model: Model, bundle: Bundle, graph: str) -> None:
+    graph = f"transformer/{graph}"
     tensors = stored(bundle, graph)
     int4 = {name for name, tensor in tensors.items() if tensor.dtype == ir.DataType.INT4}
     assert int4 == linears(model)
@@ -134,14 +137,29 @@ def test_every_linear_of_the_blocks_is_int4(model: Model, bundle: Bundle, graph:
     assert {node.attributes.get_int("block_size") for node in blocks} == {64}
 
 
-def test_both_graphs_point_at_the_same_bytes(bundle: Bundle) -> None:
-    full, half = (
+def test_all_graphs_point_at_the_same_bytes(bundle: Bundle) -> None:
+    full, half, cuda = (
         {name: (x.dtype, x.offset, x.length) for name, x in stored(bundle, f"transformer/{graph}").items()}
-        for graph in ("model.onnx", "model.fp16.onnx")
+        for graph in GRAPHS
     )
-    assert full == half
+    assert full == half == cuda
     size = max(offset + length for _, offset, length in full.values() if offset is not None and length)
     assert bundle.file("transformer/weights.data").stat().st_size == size
+
+
+def test_a_graph_that_a_builder_reads_has_operators_of_onnx_alone(bundle: Bundle) -> None:
+    foreign = {
+        graph: {node.domain for node in ir.load(bundle.file(f"transformer/{graph}")).graph} - {""}
+        for graph in GRAPHS
+    }
+    assert foreign == {
+        "model.onnx": {"com.microsoft"},
+        "model.fp16.onnx": set(),
+        "model.fp16.cuda.onnx": {"com.microsoft"},
+    }
+    for variant in bundle.manifest.variants:
+        if variant.runtime in ("tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt"):
+            assert variant.path.startswith("engines/") or variant.path == "transformer/model.fp16.onnx"
 
 
 def test_onnxruntime_multiplies_with_the_4_bit_weights_as_they_are(
@@ -163,6 +181,7 @@ def test_the_report_covers_every_graph_and_every_parameter(model: Model, bundle:
     assert compared == {
         ("transformer/model.onnx", "int4", "float32"),
         ("transformer/model.fp16.onnx", "int4", "float16"),
+        ("transformer/model.fp16.cuda.onnx", "int4", "float16"),
         ("text_encoder/model.onnx", "float16", "float32"),
         ("text_encoder_2/model.onnx", "float16", "float32"),
         ("vae_decoder/model.onnx", "float16", "float32"),
@@ -173,7 +192,7 @@ def test_the_report_covers_every_graph_and_every_parameter(model: Model, bundle:
     names = [item["name"] for kind in ("quantized", "skipped") for item in quantization[kind]]
     assert sorted(names) == sorted(dict(model.pipeline.transformer.named_parameters()))
     parts = ["embedders", "transformer_blocks.0", "transformer_blocks.1", "head"]
-    assert [row["block"] for row in report["blocks"]] == parts * 2
+    assert [row["block"] for row in report["blocks"]] == parts * 3
     assert max(row["graph_error"] for row in report["blocks"][:4]) < 1e-5
     assert report["float32_blocks"] == []
     for row in report["drift"]:
@@ -391,7 +410,7 @@ def test_a_profile_of_ones_own_that_extends_another_is_a_target(
     target = load_profile(str(tmp_path / "mine.toml"))
     made = export_bundle(on_disk, targets=[target], output=tmp_path / "bundle", cache=cache)
     mine = next(variant for variant in made.manifest.variants if variant.target == "mine")
-    assert (mine.activations, mine.path) == ("float16", "transformer/model.fp16.onnx")
+    assert (mine.activations, mine.path) == ("float16", "transformer/model.fp16.cuda.onnx")
 
 
 def test_turing_gets_no_engine_of_4_bits(model: Model, gpu: Profile, tmp_path: Path) -> None:
