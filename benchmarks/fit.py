@@ -78,9 +78,9 @@ def page(results: dict[str, Any], models: dict[str, tuple[Fit, Fit]]) -> str:
         "original in 16 bits and of the pruned model of [scale.md](scale.md) in 4 bits, at 1024 × 1024",
         "pixels: memory of the device with one part loaded at a time, and an estimate of a step: what it",
         "takes at the least by the device's peak rates. On a GPU with memory of its own that is the",
-        "transformer alone; text encoders and decoder run on the processor, in the memory of the computer",
-        "beside it. On a processor it is onnxruntime's; OpenVINO is faster, takes more, and is chosen only",
-        "where there is enough.",
+        "transformer alone: text encoders and decoder go there as well where they fit, and stay on the",
+        "processor where they do not. On a processor it is onnxruntime's; OpenVINO is faster, takes more,",
+        "and is chosen only where there is enough.",
         "",
     ]
     headings = [text for name in models for text in (f"{name}, 16 bits", "pruned, 4 bits", "a step ≥")]
@@ -94,8 +94,9 @@ def page(results: dict[str, Any], models: dict[str, tuple[Fit, Fit]]) -> str:
     lines += ["", "## Predicted and measured", ""]
     lines += [
         f"Measured by `python -m benchmarks.fit check` on {made_on['processor']}, {made_on['cores']} cores;",
-        "the builds of full size are those of [scale.md](scale.md). No GPU was there: what a GPU holds, and",
-        "TensorRT's own builder, are not verified. While a large graph is opened each scale of its weights",
+        "the builds of full size are those of [scale.md](scale.md). What an engine holds on a GPU, and",
+        "TensorRT's own builder, are not verified; of onnxruntime on a GPU the prediction is made of what",
+        "two models took ([gpu.md](gpu.md)). While a large graph is opened each scale of its weights",
         "is in memory once more, a sixteenth of a byte a parameter, which the system can drop and the",
         "prediction leaves out: most of what `hptool run` takes beyond it at full size.",
         "",

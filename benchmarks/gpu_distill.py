@@ -5,7 +5,7 @@
 
 Geometries are the published ones, and what goes is the paper's set for each; weights are random, made on the
 device in bfloat16. A card is tried by letting PyTorch have no more than its memory, less one GiB for the
-system: what does not fit runs out of memory. It has not been run on a GPU.
+system: what does not fit runs out of memory. docs/gpu.md has what it found on an H100.
 """
 
 from __future__ import annotations

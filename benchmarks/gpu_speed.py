@@ -24,11 +24,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import torch
 import typer
 from diffusers import AutoencoderKL
 
 import toolchain.families
+from benchmarks import gpu_distill
 from benchmarks.machine import machine
 from benchmarks.scale_steps import draw_inputs, num_tokens
 from benchmarks.synthetic import STUDENTS, Student, write_student
@@ -41,8 +43,11 @@ from toolchain.families.mmdit import MMDiT, TextStates
 from toolchain.geometry import Unit
 
 RESULTS = Path(__file__).parent / "results" / "gpu_speed.json"
+PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
 MODELS = {"SD3.5-Large-Turbo": "sd3.5-large-turbo-pruned", "FLUX.1-schnell": "flux.1-schnell-pruned"}
+DECODED = ("1024 x 1024 decoded", "512 x 512 decoded")
 SMALL = {"SD3.5, tiny": "tiny-sd3.5", "FLUX.1, tiny": "tiny-flux"}
+GIB = 2**30
 WARM, STEPS, MOST_SECONDS = 2, 10, 60
 _DECODER = (
     Path(toolchain.families.__file__).parent / "published/stabilityai/stable-diffusion-3.5-large-turbo/vae"
@@ -66,8 +71,7 @@ def measure(
     output: Annotated[Path, typer.Option(help="JSON to write.")] = RESULTS,
 ) -> None:
     """Measure every row that is missing."""
-    gpu = torch.cuda.get_device_name() if device != "cpu" else None
-    results: dict[str, Any] = {"schema_version": 1, "machine": machine() | {"gpu": gpu}, "rows": {}}
+    results: dict[str, Any] = {"schema_version": 1, "machine": _machine(device), "rows": {}}
     if output.exists():
         results["rows"] = read_json(output)["rows"]
     scratch.mkdir(parents=True, exist_ok=True)
@@ -75,6 +79,12 @@ def measure(
         if title not in results["rows"]:
             results["rows"][title] = _ask(*arguments())
             write_json(output, results)
+
+
+def _machine(device: str) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name() if device != "cpu" else None
+    # By what runs: its package has another name where it has CUDA.
+    return machine() | {"gpu": gpu, "onnxruntime": onnxruntime.__version__}
 
 
 Row = tuple[str, Callable[[], tuple[str, ...]]]
@@ -233,8 +243,64 @@ def _used(device: torch.device) -> int:
 
 @app.command()
 def table() -> None:
-    """Write docs/gpu.md."""
-    read_json(RESULTS)
+    """Write docs/gpu.md, of this and of benchmarks/gpu_distill.py."""
+    PAGE.write_text(page(read_json(RESULTS), read_json(gpu_distill.RESULTS)), encoding="utf-8")
+
+
+def page(found: dict[str, Any], distilled: dict[str, Any]) -> str:
+    """The text of docs/gpu.md."""
+    on = found["machine"]
+    lines = [
+        "# On a GPU",
+        "",
+        "Made by `python -m benchmarks.gpu_speed table`. Weights are random, with the geometry of the",
+        "published models: time and memory do not depend on them; quality does, and is not measured here.",
+        "",
+        "## A step",
+        "",
+        "`python -m benchmarks.gpu_speed measure` on one",
+        f"{on['gpu']}, torch {on['torch']}, onnxruntime {on['onnxruntime']}: the transformer alone,",
+        "1024 × 1024, batch 1, medians of 10 steps. Memory is what a process took of the GPU beside CUDA",
+        "itself. INT4 is in groups of 64, with activations in float16, as `hptool run` runs a bundle there.",
+        "",
+        "| | ms a step | of the original | GPU memory, GB | of the original |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for title in (*MODELS, *DECODED):
+        rows = {name: row for name, row in found["rows"].items() if name.startswith(title)}
+        first = next(iter(rows.values()), None)
+        for name, row in rows.items():
+            assert first is not None
+            seconds, memory = row["seconds_per_step"], row["gpu_bytes"]
+            share = f"{seconds / first['seconds_per_step']:.2f} | {memory / 1e9:.1f}"
+            share += f" | {memory / first['gpu_bytes']:.2f}"
+            lines.append(f"| {name} | {1e3 * seconds:.1f} | {share} |")
+        if not rows:
+            lines.append(f"| {title} | not measured | | | |")
+    lines += [
+        "",
+        "Removing blocks saves time, four bits save memory. onnxruntime expands 4-bit weights before it",
+        "multiplies, so that a step takes about as long as one in 16 bits does in PyTorch. TensorRT, which a",
+        "target's profile names first on such a GPU, was not there to be tried.",
+        "",
+        "## Distilling",
+        "",
+        "`python -m benchmarks.gpu_distill` on one",
+        f"{distilled['machine']['gpu']}, torch {distilled['machine']['torch']}:",
+        f"a step of batch {distilled['batch']}, 1024 × 1024, with gradient checkpointing and the paper's set",
+        "of blocks for each; a card is tried by letting PyTorch have no more than its memory, less one GiB.",
+        "",
+        "| | way | s a step | peak, GiB | by arithmetic, GiB | fits 24 GB | fits 48 GB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, model in distilled["models"].items():
+        for way, row in model["ways"].items():
+            fits = " | ".join("yes" if row["fits"][str(card)] else "no" for card in gpu_distill.CARDS_GIB)
+            peak, sum_ = row["peak_bytes"] / GIB, row["arithmetic_bytes"] / GIB
+            lines.append(
+                f"| {name} | {way} | {row['seconds_per_step']:.3f} | {peak:.1f} | {sum_:.1f} | {fits} |"
+            )
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 RESULTS = Path(__file__).parent / "results" / "paper.json"
 QUALITY = RESULTS.with_name("quality.json")
+SPEED = RESULTS.with_name("gpu_speed.json")
 PAGE = Path(__file__).parents[1] / "docs" / "paper.md"
 GIB = 2**30
 GROUP_SIZE = 64
@@ -38,6 +39,12 @@ MODELS = {
 """Hub id, and the blocks that the pruned one lacks: the paper's for SD3.5; for FLUX.1, whose blocks the paper
 does not name, as many."""
 STAGES = {"original": 16, "original, INT4": 4, "pruned": 16, "pruned, INT4": 4}
+_IN_SPEED = {
+    "original": "original, bfloat16, torch",
+    "pruned": "pruned, bfloat16, torch",
+    "pruned, INT4": "pruned, INT4, onnxruntime",
+}
+"""Rows of benchmarks/gpu_speed.py."""
 PAPER = {
     "SD3.5-Large-Turbo": {
         "original": {"memory": 15.8, "ms": 823, "geneval": 0.71, "hpsv2": 30.29},
@@ -97,11 +104,12 @@ def _activations(model: Model) -> int:
 @app.command()
 def table() -> None:
     """Write docs/paper.md."""
-    PAGE.write_text(page(read_json(RESULTS), read_json(QUALITY)["cells"]), encoding="utf-8")
+    PAGE.write_text(page(read_json(RESULTS), read_json(QUALITY)["cells"], read_json(SPEED)), encoding="utf-8")
 
 
-def page(results: dict[str, Any], cells: list[dict[str, Any]]) -> str:
+def page(results: dict[str, Any], cells: list[dict[str, Any]], on_a_gpu: dict[str, Any]) -> str:
     """The text of docs/paper.md."""
+    on_gpu, speed = on_a_gpu["machine"], on_a_gpu["rows"]
     lines = [
         "# Beside the paper",
         "",
@@ -110,7 +118,9 @@ def page(results: dict[str, Any], cells: list[dict[str, Any]]) -> str:
         "weights; *quoted* from HierarchicalPrune (AAAI 2026). The paper's memory is the peak of one forward",
         "pass of the transformer alone, in GiB, batch 1, 1024 × 1024, bfloat16 or NF4; ours is weights and",
         f"activations of that pass, in 16 bits or INT4 with groups of {results['group_size']}. The paper's",
-        "latencies are of an A6000; there was no GPU to measure ours.",
+        "latencies are of an A6000, ours of a step of PyTorch or, in INT4, of onnxruntime on one",
+        f"{on_gpu['gpu']}, *measured* by `python -m benchmarks.gpu_speed measure` ([all](gpu.md)), as its",
+        "memory was.",
         "",
     ]
     for name, found in results["models"].items():
@@ -119,11 +129,15 @@ def page(results: dict[str, Any], cells: list[dict[str, Any]]) -> str:
         lines += [f"## {name}, without blocks {found['removed']}", ""]
         lines += _row(
             "", "parameters, computed", "FLOPs, computed", "weights GiB, computed",
-            "peak GiB, computed", "peak GiB, quoted", "whole pipeline GiB, computed",
-            "ms, quoted", "GenEval, quoted", "HPSv2, quoted",
-        ) + _row(*["---"] * 10)  # fmt: skip
+            "peak GiB, computed", "peak GiB, measured", "peak GiB, quoted", "whole pipeline GiB, computed",
+            "ms, measured", "ms, quoted", "GenEval, quoted", "HPSv2, quoted",
+        ) + _row(*["---"] * 12)  # fmt: skip
         for stage, bits in STAGES.items():
             ours, theirs = found[stage], PAPER[name].get(stage, {})
+            step, steps = (
+                speed.get(f"{name}: {_IN_SPEED.get(stage)}"),
+                speed[f"{name}: {_IN_SPEED['original']}"],
+            )
             quoted, start = theirs.get("memory"), PAPER[name]["original"]["memory"]
             pipeline = ours["transformer_bytes"] + others[str(bits)]
             lines += _row(
@@ -131,10 +145,15 @@ def page(results: dict[str, Any], cells: list[dict[str, Any]]) -> str:
                 f"{ours['parameters'] / 1e9:.2f} B",
                 f"{ours['flops_share']:.0%}",
                 f"{ours['transformer_bytes'] / GIB:.2f}",
-                f"{_peak(ours) / GIB:.2f} ({_peak(ours) / first - 1:+.1%})",
-                "-" if quoted is None else f"{quoted:.2f} ({quoted / start - 1:+.1%})",
+                _beside(_peak(ours) / GIB, first / GIB, 2),
+                "-" if step is None else _beside(step["gpu_bytes"] / GIB, steps["gpu_bytes"] / GIB, 2),
+                "-" if quoted is None else _beside(quoted, start, 2),
                 f"{pipeline / GIB:.2f}",
-                *(str(theirs.get(key, "-")) for key in ("ms", "geneval", "hpsv2")),
+                "-"
+                if step is None
+                else _beside(1e3 * step["seconds_per_step"], 1e3 * steps["seconds_per_step"], 0),
+                "-" if "ms" not in theirs else _beside(theirs["ms"], PAPER[name]["original"]["ms"], 0),
+                *(str(theirs.get(key, "-")) for key in ("geneval", "hpsv2")),
             )
         lines.append("")
     lines += [
@@ -163,6 +182,10 @@ def page(results: dict[str, Any], cells: list[dict[str, Any]]) -> str:
         ]
         lines += _row(title, *(_spread(rows, key) for key in ("student", "student_int4")), str(len(rows)))
     return "\n".join(lines) + "\n"
+
+
+def _beside(value: float, first: float, digits: int) -> str:
+    return f"{value:.{digits}f} ({value / first - 1:+.1%})"
 
 
 def _peak(row: dict[str, Any]) -> int:
