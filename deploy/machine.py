@@ -43,7 +43,8 @@ _INSTRUCTIONS = {
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 _REQUIREMENT = re.compile(
-    r"(?P<name>[\w.-]+)\s*(?:>=\s*(?P<least>[\d.]+))?\s*;\s*extra\s*==\s*['\"](?P<extra>[\w-]+)['\"]"
+    r"(?P<name>[\w.-]+)\s*(?P<extras>\[[\w, -]+\])?\s*(?:>=\s*(?P<least>[\d.]+))?"
+    r"\s*;\s*extra\s*==\s*['\"](?P<extra>[\w-]+)['\"]"
 )
 
 
@@ -128,7 +129,8 @@ def missing_requirements(
         assert found, f"a requirement of an unknown form: {requirement}"
         lacks = lacking.setdefault(found["extra"], [])
         if not _fulfilled(found["name"], found["least"], installed):
-            lacks.append(found["name"] + (f">={found['least']}" if found["least"] else ""))
+            least = f">={found['least']}" if found["least"] else ""
+            lacks.append(found["name"] + (found["extras"] or "") + least)
     return {extra: tuple(lacks) for extra, lacks in lacking.items()}
 
 
