@@ -9,11 +9,12 @@ from rich.filesize import decimal
 from deploy.bundle import ENGINE_RUNTIMES, Bundle, Variant, graph_files
 from deploy.engine import EXTRAS, MODULES
 from deploy.errors import DeployError
-from deploy.gpu import gpu_compute_capability
-from deploy.memory import others_bytes
+from deploy.gpu import free_gpu_bytes, gpu_compute_capability
+from deploy.memory import Placement, place_on_gpu
 from deploy.session import PROVIDERS, available_providers
+from profiles.schema import PROCESSOR_RUNTIMES
 
-__all__ = ["choose_variant", "obstacle_of", "others_on_gpu"]
+__all__ = ["choose_variant", "obstacle_of", "place_others"]
 
 _WITHOUT_ENGINE = ("onnxruntime-tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime-cpu")
 """Best first."""
@@ -70,20 +71,15 @@ def choose_variant(
     )
 
 
-def others_on_gpu(bundle: Bundle, free: int | None) -> tuple[bool, str]:
-    """Say whether text encoders and decoder run on the GPU beside the transformer, and why.
-
-    Args:
-        free: Bytes of the GPU's memory; None, where it does not say, is enough.
-    """
+def place_others(bundle: Bundle, variant: Variant) -> Placement:
+    """Choose which parts run on the GPU beside the transformer, and say why; none where that does not."""
+    if variant.runtime in PROCESSOR_RUNTIMES:
+        return Placement()
     provider = PROVIDERS["onnxruntime-cuda"][0]
     if provider not in available_providers():
-        obstacle = f"onnxruntime has no {provider} here (pip install 'hptool[edge-gpu]')"
-    elif free is not None and free < (needed := others_bytes(bundle)):
-        obstacle = f"the largest takes {decimal(needed)}, and {decimal(free)} of the GPU's memory are free"
-    else:
-        return True, "text encoders and decoder: on the GPU, too"
-    return False, f"text encoders and decoder: on the processor, which takes longer, because {obstacle}"
+        missing = f"onnxruntime has no {provider} here (pip install 'hptool[edge-gpu]')"
+        return Placement(reason=f"text encoders and decoder: on the processor, which takes longer; {missing}")
+    return place_on_gpu(bundle, free_gpu_bytes())
 
 
 def _too_large(bundle: Bundle, variant: Variant, available: int | None) -> str | None:

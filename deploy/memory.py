@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,12 +18,12 @@ __all__ = [
     "DECODING_BYTES",
     "TILE",
     "Keep",
+    "Placement",
     "available_bytes",
     "choose_keep",
-    "choose_tile",
     "give_back",
     "loaded_bytes",
-    "others_bytes",
+    "place_on_gpu",
     "total_bytes",
 ]
 
@@ -37,6 +38,8 @@ TILE = 128
 DECODING_BYTES = {TILE // 2: 3_000_000_000, TILE: 10_000_000_000}
 """By latents along a side, what onnxruntime takes of a GPU to decode them for Stable Diffusion 3.5 or FLUX.1,
 whose decoders are alike; measured on an H100 (benchmarks/gpu_speed.py)."""
+_COMPUTING_BYTES = 2_000_000_000
+"""What a transformer takes of it beyond its weights; there, too: 1.3 and 2.1 GB."""
 
 _MADV_PAGEOUT = 21
 
@@ -47,58 +50,79 @@ _CGROUPS = (
 )
 
 
-def choose_keep(
-    bundle: Bundle, variant: Variant, available: int | None, *, on_gpu: bool = False
-) -> tuple[Keep, str]:
-    """Choose which parts stay loaded, and say why.
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """What runs on the GPU beside the transformer."""
+
+    on_gpu: frozenset[str] = frozenset()
+    """Components of the bundle."""
+    keep: Keep = "all"
+    """Which parts stay loaded, as far as the GPU's memory decides it."""
+    tile: int = TILE
+    """Latents along a side that are decoded at a time."""
+    reason: str = ""
+
+
+def place_on_gpu(bundle: Bundle, free: int | None) -> Placement:
+    """Choose which parts run on the GPU beside the transformer, the decoder first, and say why.
+
+    To open a transformer takes longer than to encode a prompt on the processor, so that it stays loaded where
+    the decoder fits beside it.
 
     Args:
-        available: Bytes of memory, the GPU's where all parts are there; None, where the system does not say,
-            keeps all.
-        on_gpu: Whether all parts run on the GPU.
+        free: Bytes of the GPU's memory; None, where it does not say, is enough for small tiles.
+    """
+    small = TILE // 2
+    names = [name for name in bundle.manifest.graphs if name != "transformer"]
+    sizes = {name: _BYTES_PER_FILE_BYTE * _bytes_of(bundle, [name]) for name in names}
+    sizes["transformer"] = _bytes_of(bundle, ["transformer"]) + _COMPUTING_BYTES
+    everything = "text encoders and decoder: on the GPU, too"
+    if free is None:
+        return Placement(on_gpu=frozenset(names), tile=small, reason=f"{everything}, which says no memory")
+    for parts, tile, what in (
+        (names, TILE, everything),
+        (names, small, everything),
+        (["vae_decoder"], small, "decoder: on the GPU, too; text encoders: on the processor"),
+    ):
+        needed = DECODING_BYTES[tile] + sum(sizes[name] for name in ["transformer", *parts])
+        if needed <= free:
+            reason = f"{what}: they take {decimal(needed)} of its memory, and {decimal(free)} are free"
+            return Placement(on_gpu=frozenset(parts), tile=tile, reason=reason)
+    sizes["vae_decoder"] += DECODING_BYTES[small]
+    largest = max(sizes.values())
+    because = f"the largest takes {decimal(largest)} of its memory, and {decimal(free)} are free"
+    if largest <= free:
+        reason = f"{everything}, one part at a time: {because}"
+        return Placement(on_gpu=frozenset(names), keep="one", tile=small, reason=reason)
+    return Placement(reason=f"text encoders and decoder: on the processor, not on the GPU: {because}")
+
+
+def choose_keep(
+    bundle: Bundle, variant: Variant, available: int | None, on_gpu: Collection[str] = ()
+) -> tuple[Keep, str]:
+    """Choose which parts stay loaded, as far as the machine's own memory decides it, and say why.
+
+    Args:
+        available: Bytes of memory; None, where the system does not say, keeps all.
+        on_gpu: Components that are in the GPU's memory.
     """
     if available is None:
         return "all", "all parts stay loaded: the system does not say how much memory it has"
-    needed = _BYTES_PER_FILE_BYTE * loaded_bytes(bundle, variant, on_gpu=on_gpu)
-    if on_gpu:
-        needed += DECODING_BYTES[TILE // 2]
+    needed = _BYTES_PER_FILE_BYTE * loaded_bytes(bundle, variant, on_gpu)
     keep: Keep = "all" if needed <= available else "one"
     what = "all parts stay loaded" if keep == "all" else "parts are loaded one at a time"
-    whose = "of the GPU's memory" if on_gpu else "of memory"
-    sizes = f"together they take {decimal(needed)}, and {decimal(available)} {whose} are available"
+    sizes = f"together they take {decimal(needed)}, and {decimal(available)} of memory are available"
     return keep, f"{what}: {sizes}"
 
 
-def choose_tile(bundle: Bundle, variant: Variant, available: int | None) -> int:
-    """Choose how many latents along a side a GPU decodes at a time.
-
-    Args:
-        available: Bytes of the GPU's memory; None, where it does not say, is little.
-    """
-    rest = (available or 0) - _BYTES_PER_FILE_BYTE * loaded_bytes(bundle, variant, on_gpu=True)
-    return TILE if rest >= DECODING_BYTES[TILE] else TILE // 2
-
-
-def others_bytes(bundle: Bundle) -> int:
-    """Return the bytes of a GPU's memory that the largest of the parts beside the transformer takes."""
-    needed = {
-        name: _BYTES_PER_FILE_BYTE * _bytes_of(bundle, [name])
-        for name in bundle.manifest.graphs
-        if name != "transformer"
-    }
-    needed["vae_decoder"] += DECODING_BYTES[TILE // 2]
-    return max(needed.values())
-
-
-def loaded_bytes(bundle: Bundle, variant: Variant, *, on_gpu: bool = False) -> int:
+def loaded_bytes(bundle: Bundle, variant: Variant, on_gpu: Collection[str] = ()) -> int:
     """Return the bytes of the files that are read into the machine's memory, weights and graphs.
 
     Args:
-        on_gpu: Whether all parts are on the GPU, whose memory it is then.
+        on_gpu: Components that are in the GPU's memory, beside the transformer if the variant runs there.
     """
-    # Where the other parts are not on the GPU, the transformer's weights alone may be.
-    whole = on_gpu or variant.runtime in PROCESSOR_RUNTIMES
-    return _bytes_of(bundle, [name for name in bundle.manifest.graphs if whole or name != "transformer"])
+    gone = {*on_gpu, *(() if variant.runtime in PROCESSOR_RUNTIMES else ("transformer",))}
+    return _bytes_of(bundle, [name for name in bundle.manifest.graphs if name not in gone])
 
 
 def _bytes_of(bundle: Bundle, components: Iterable[str]) -> int:

@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from deploy.bundle import Bundle, Variant, open_bundle
-from deploy.choice import choose_variant, others_on_gpu
+from deploy.choice import choose_variant, place_others
 from deploy.errors import Cancelled, DeployError, extra
-from deploy.gpu import free_gpu_bytes
 from deploy.kept import cache_directory
-from deploy.memory import TILE, Keep, available_bytes, choose_keep, choose_tile
+from deploy.memory import Keep, Placement, available_bytes, choose_keep
 from deploy.sampler import euler_step, sigmas
 from deploy.session import AnySession, open_graph, open_variant
 from deploy.signature import open_signed_bundle
 from deploy.tiles import decode_tiled
-from profiles.schema import PROCESSOR_RUNTIMES
 
 with extra("edge"):
     import numpy as np
@@ -79,8 +77,7 @@ class EdgePipeline:
         threads: int | None = None,
         keep: Keep = "all",
         cache: Path | None = None,
-        on_gpu: bool = False,
-        tile: int = TILE,
+        placement: Placement | None = None,
     ) -> None:
         """Take a bundle that is open and the variant of its transformer to run; see `open`."""
         self.bundle = bundle
@@ -89,7 +86,7 @@ class EdgePipeline:
         """Why this variant, one line for each that was looked at."""
         self.keep = keep
         """Which parts stay loaded: all, or the one that ran last."""
-        self._threads, self._cache, self._on_gpu, self._tile = threads, cache, on_gpu, tile
+        self._threads, self._cache, self._placement = threads, cache, placement or Placement()
         self._sessions: dict[str, AnySession] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
         self._texts: dict[str, tuple[Floats, Floats]] = {}
@@ -130,15 +127,11 @@ class EdgePipeline:
         bundle = open_bundle(path, verify=verify) if key is None else open_signed_bundle(path, key)
         available = available_bytes()
         variant, reasons = choose_variant(bundle, target, runtime=runtime, available=available)
-        on_gpu, tile = False, TILE
-        if variant.runtime not in PROCESSOR_RUNTIMES:
-            free = free_gpu_bytes()
-            on_gpu, reason = others_on_gpu(bundle, free)
-            reasons.append(reason)
-            if on_gpu:
-                available, tile = free, choose_tile(bundle, variant, free)
-        if keep is None:
-            keep, reason = choose_keep(bundle, variant, available, on_gpu=on_gpu)
+        placement = place_others(bundle, variant)
+        if placement.reason:
+            reasons.append(placement.reason)
+        if keep is None and (keep := placement.keep) == "all":
+            keep, reason = choose_keep(bundle, variant, available, placement.on_gpu)
             reasons.append(reason)
         for reason in reasons:
             logger.info("%s", reason)
@@ -150,8 +143,7 @@ class EdgePipeline:
             threads=threads,
             keep=keep,
             cache=kept,
-            on_gpu=on_gpu,
-            tile=tile,
+            placement=placement,
         )
 
     def __call__(
@@ -427,9 +419,10 @@ class EdgePipeline:
             image: Floats = self._run("vae_decoder", latents=tile[None])["image"][0]
             return image
 
-        if max(scaled.shape[1:]) <= self._tile:
+        tile = self._placement.tile
+        if max(scaled.shape[1:]) <= tile:
             return decode(scaled)
-        return decode_tiled(decode, scaled, self.bundle.manifest.architecture.vae_scale_factor, self._tile)
+        return decode_tiled(decode, scaled, self.bundle.manifest.architecture.vae_scale_factor, tile)
 
     def _run(self, component: str, **inputs: NDArray[Any]) -> dict[str, Floats]:
         outputs = self._session(component).run(inputs)
@@ -449,7 +442,7 @@ class EdgePipeline:
                 session = open_graph(
                     self.bundle,
                     graph.path,
-                    on_gpu=self._on_gpu,
+                    on_gpu=component in self._placement.on_gpu,
                     threads=self._threads,
                     cache=self._cache,
                 )

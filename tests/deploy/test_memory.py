@@ -18,10 +18,9 @@ from deploy.memory import (
     TILE,
     available_bytes,
     choose_keep,
-    choose_tile,
     give_back,
     loaded_bytes,
-    others_bytes,
+    place_on_gpu,
     total_bytes,
 )
 
@@ -53,18 +52,53 @@ def test_parts_stay_while_twice_their_files_fit(bundle: Bundle) -> None:
     assert choose_keep(bundle, cpu, None)[0] == "all"
 
 
-def test_on_a_gpu_all_parts_count_and_what_the_decoder_takes(bundle: Bundle) -> None:
+OTHERS = {"text_encoder", "text_encoder_2", "vae_decoder"}
+
+
+def test_what_is_on_the_gpu_takes_none_of_the_machines_memory(bundle: Bundle) -> None:
     engine, cpu = bundle.manifest.variants
-    everything = loaded_bytes(bundle, cpu)
-    assert loaded_bytes(bundle, engine, on_gpu=True) == everything
-    needed = 2 * everything + DECODING_BYTES[TILE // 2]
-    assert choose_keep(bundle, engine, needed, on_gpu=True)[0] == "all"
-    keep, reason = choose_keep(bundle, engine, needed - 1, on_gpu=True)
-    assert keep == "one"
-    assert "of the GPU's memory are available" in reason
-    assert choose_tile(bundle, engine, 2 * everything + DECODING_BYTES[TILE]) == TILE
-    assert choose_tile(bundle, engine, 2 * everything + DECODING_BYTES[TILE] - 1) == TILE // 2
-    assert DECODING_BYTES[TILE // 2] < others_bytes(bundle) < needed
+    assert loaded_bytes(bundle, engine, OTHERS) == 0
+    assert loaded_bytes(bundle, engine, ["vae_decoder"]) < loaded_bytes(bundle, engine)
+    assert loaded_bytes(bundle, cpu, OTHERS) == loaded_bytes(bundle, cpu) - loaded_bytes(bundle, engine)
+    assert choose_keep(bundle, engine, 0, OTHERS)[0] == "all"
+
+
+def test_parts_go_to_the_gpu_as_its_memory_allows(bundle: Bundle) -> None:
+    decoder = bundle.manifest.files["vae_decoder/model.onnx"]
+    encoder = bundle.manifest.files["text_encoder/model.onnx"]
+    files = bundle.manifest.files | {
+        "text_encoder/model.onnx": replace(encoder, bytes=2_000_000_000),
+        "vae_decoder/model.onnx": replace(decoder, bytes=0),
+    }
+    large = Bundle(bundle.path, replace(bundle.manifest, files=files))
+    rest = sum(
+        (1 if path.startswith("transformer") else 2) * file.bytes
+        for path, file in files.items()
+        if path.partition("/")[0] in ("transformer", "text_encoder_2")
+    )
+    rest += 2_000_000_000 + 2 * 2_000_000_000  # for the transformer to compute in; an encoder's weights
+    found = []
+    for free in (
+        None,
+        rest + DECODING_BYTES[TILE],
+        rest + DECODING_BYTES[TILE] - 1,
+        rest + DECODING_BYTES[TILE // 2],
+        rest + DECODING_BYTES[TILE // 2] - 1,
+        4_500_000_000,
+        3_999_999_999,
+    ):
+        placement = place_on_gpu(large, free)
+        found.append((set(placement.on_gpu), placement.tile, placement.keep))
+        assert "GPU" in placement.reason
+    assert found == [
+        (OTHERS, TILE // 2, "all"),
+        (OTHERS, TILE, "all"),
+        (OTHERS, TILE // 2, "all"),
+        (OTHERS, TILE // 2, "all"),
+        ({"vae_decoder"}, TILE // 2, "all"),  # the transformer stays, and prompts are encoded elsewhere
+        (OTHERS, TILE // 2, "one"),
+        (set(), TILE, "all"),
+    ]
 
 
 def test_reason_names_both_sizes(bundle: Bundle) -> None:

@@ -21,6 +21,7 @@ from transformers import CLIPTokenizer
 from deploy import choice, pipeline, session
 from deploy.bundle import MANIFEST, Bundle, manifest_to_json, open_bundle
 from deploy.errors import Cancelled, DeployError
+from deploy.memory import Placement
 from deploy.pipeline import EdgePipeline, Result, save_png
 from deploy.session import Session
 
@@ -248,7 +249,7 @@ GB = 10**9
     [
         (["CUDAExecutionProvider"], 80 * GB, True, "all", 128),
         (["CUDAExecutionProvider"], 8 * GB, True, "all", 64),
-        (["CUDAExecutionProvider"], None, True, "all", 64),
+        (["CUDAExecutionProvider"], 4 * GB, True, "one", 64),
         (["CUDAExecutionProvider"], 2 * GB, False, "one", 128),
         ([], 80 * GB, False, "one", 128),
     ],
@@ -257,17 +258,17 @@ def test_where_the_transformer_runs_on_a_gpu_the_other_parts_do_too_if_they_can(
     make_bundle: MakeBundle,
     monkeypatch: pytest.MonkeyPatch,
     providers: list[str],
-    free: int | None,
+    free: int,
     on_gpu: bool,
     keep: str,
     tile: int,
 ) -> None:
     monkeypatch.setattr(choice, "obstacle_of", lambda variant: None)
     monkeypatch.setattr(choice, "available_providers", lambda: [*providers, "CPUExecutionProvider"])
-    monkeypatch.setattr(pipeline, "free_gpu_bytes", lambda: free)
+    monkeypatch.setattr(choice, "free_gpu_bytes", lambda: free)
     monkeypatch.setattr(pipeline, "available_bytes", lambda: 1)  # of the computer's own memory
     opened = EdgePipeline.open(path := make_bundle(), target="rtx4090")
-    assert (opened.keep, opened._tile) == (keep, tile)
+    assert (opened.keep, opened._placement.tile) == (keep, tile)
     asked = []
 
     def told(bundle: Bundle, path: str, **options: Any) -> None:
@@ -277,7 +278,7 @@ def test_where_the_transformer_runs_on_a_gpu_the_other_parts_do_too_if_they_can(
     opened._session("vae_decoder")
     assert asked == [("vae_decoder/model.onnx", on_gpu)]
     # What runs on a processor leaves the GPU alone.
-    assert not EdgePipeline.open(path, target="cpu-x86")._on_gpu
+    assert EdgePipeline.open(path, target="cpu-x86")._placement == Placement()
 
 
 def test_known_prompts_are_not_encoded_again(pipe: EdgePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +337,7 @@ def test_large_pictures_are_decoded_in_tiles(
     decoded.clear()
     tiled = pictures(pipe("a star", steps=1, height=64, width=1280))
     assert decoded == [(1, 4, 8, 128)] * 2
-    pipe._tile = 160  # the decoder sees one latent for a pixel, so tiles change nothing
+    pipe._placement = Placement(tile=160)  # the decoder sees one latent for a pixel, so tiles change nothing
     whole = pictures(pipe("a star", steps=1, height=64, width=1280))
     assert np.abs(tiled.astype(int) - whole).max() <= 1
 
