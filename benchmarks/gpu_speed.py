@@ -36,7 +36,7 @@ from benchmarks.scale_steps import draw_inputs, num_tokens
 from benchmarks.synthetic import STUDENTS, Student, write_student
 from deploy.bundle import open_bundle
 from deploy.memory import TILE
-from deploy.session import DECODER_OPTIONS, PROVIDERS, Session, open_variant
+from deploy.session import CONVOLVING_OPTIONS, PROVIDERS, Session, open_variant
 from export.encoders import lower_vae_decoder
 from toolchain.artifacts import read_json, write_json
 from toolchain.families.mmdit import MMDiT, TextStates
@@ -219,7 +219,7 @@ def in_decoder(
     runtime = "onnxruntime-cpu" if device == "cpu" else "onnxruntime-cuda"
     latents = np.random.default_rng(0).standard_normal((1, 16, side, side), dtype=np.float32)
     before = _used(where)
-    session = Session(graph, providers=PROVIDERS[runtime], cuda_options=DECODER_OPTIONS)
+    session = Session(graph, providers=PROVIDERS[runtime], cuda_options=CONVOLVING_OPTIONS)
     found = _timed(lambda: _require_finite(torch.from_numpy(session.run({"latents": latents})["image"])))
     print(json.dumps(found | {"gpu_bytes": _used(where) - before}))
 

@@ -26,7 +26,7 @@ with extra("edge"):
     from numpy.typing import NDArray
 
 __all__ = [
-    "DECODER_OPTIONS",
+    "CONVOLVING_OPTIONS",
     "PROVIDERS",
     "AnySession",
     "EngineSession",
@@ -51,7 +51,7 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
 
 _CUDA_OPTIONS = {"arena_extend_strategy": "kSameAsRequested"}
 """It would take the next power of two."""
-DECODER_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}
+CONVOLVING_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}
 """To try each way of a convolution takes a second for every new size of picture."""
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
@@ -251,7 +251,7 @@ def open_graph(
     graph = bundle.file(path)
     if on_gpu:
         cuda = PROVIDERS["onnxruntime-cuda"]
-        return Session(graph, providers=cuda, cuda_options=DECODER_OPTIONS, threads=threads)
+        return Session(graph, providers=cuda, cuda_options=CONVOLVING_OPTIONS, threads=threads)
     num_bytes = sum(file.bytes for file in graph_files(bundle.manifest.files, path).values())
     if cache is not None and num_bytes >= MINIMUM_BYTES:
         facts = graph_digests(bundle.manifest.files, path)

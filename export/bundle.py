@@ -18,8 +18,10 @@ from export.ahead import traced_ahead
 from export.cache import ComponentCache, component_key, source_files
 from export.calibration import GROUP_SIZE, Calibration
 from export.components import (
+    CUDA_GRAPH,
     GRAPH,
     GRAPHS,
+    HALF_GRAPH,
     Component,
     GraphKind,
     Precision,
@@ -300,7 +302,7 @@ def _variant(model: Model, target: Profile, runtime: Runtime, bits: Bits) -> for
 def _graph(runtime: Runtime, activations: Activations) -> str:
     if activations == "float32":
         return GRAPH
-    return "model.fp16.cuda.onnx" if runtime == "onnxruntime-cuda" else "model.fp16.onnx"
+    return CUDA_GRAPH if runtime == "onnxruntime-cuda" else HALF_GRAPH
 
 
 def _graphs(variants: Sequence[format.Variant]) -> tuple[GraphKind, ...]:

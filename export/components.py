@@ -41,8 +41,10 @@ from toolchain.families.mmdit import MMDiT
 from toolchain.progress import Bar
 
 __all__ = [
+    "CUDA_GRAPH",
     "GRAPH",
     "GRAPHS",
+    "HALF_GRAPH",
     "Component",
     "GraphKind",
     "Precision",
@@ -54,12 +56,8 @@ __all__ = [
     "part_bits",
 ]
 
-GRAPH = "model.onnx"
-GRAPHS: dict[str, Activations] = {
-    GRAPH: "float32",
-    "model.fp16.onnx": "float16",
-    "model.fp16.cuda.onnx": "float16",
-}
+GRAPH, HALF_GRAPH, CUDA_GRAPH = "model.onnx", "model.fp16.onnx", "model.fp16.cuda.onnx"
+GRAPHS: dict[str, Activations] = {GRAPH: "float32", HALF_GRAPH: "float16", CUDA_GRAPH: "float16"}
 """The transformer's graphs: for processors, for builders of engines, and for onnxruntime on a GPU."""
 
 _WEIGHTS: dict[Bits, parity.Weights] = {4: "int4", 8: "int8", 16: "float16", 32: "float32"}
