@@ -54,9 +54,7 @@ def _trace_all(model: Model, parts: Sequence[str], graphs: Sequence[GraphKind]) 
         weights = model.weights(part)
         if part == "transformer":
             for graph in reversed(graphs):
-                trace_backwards(
-                    model.mmdit, weights, graph.activations, fused_attention=graph.fused_attention
-                )
+                trace_backwards(model.mmdit, weights, graph.activations, fused=graph.fused)
         elif part == "vae":
             lower_vae_decoder(model.pipeline.vae, weights)
         else:

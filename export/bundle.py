@@ -309,7 +309,7 @@ def _graphs(variants: Sequence[format.Variant]) -> tuple[GraphKind, ...]:
     """What the variants read. A builder of engines may read that of processors, where 32 bits are wanted."""
     read = {Path(variant.path).name for variant in variants}
     built = {Path(variant.path).name for variant in variants if variant.runtime in _BUILDERS}
-    return tuple(GraphKind(name=name, fused_attention=name not in built) for name in GRAPHS if name in read)
+    return tuple(GraphKind(name=name, fused=name not in built) for name in GRAPHS if name in read)
 
 
 def _shapes(model: Model, target: Profile) -> format.Shapes:

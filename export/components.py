@@ -85,8 +85,8 @@ class GraphKind:
 
     name: str
     """Of `GRAPHS`."""
-    fused_attention: bool
-    """Whether attention is one operator, which onnxruntime alone knows and builders of engines do not."""
+    fused: bool
+    """Whether it has operators of onnxruntime's own, which builders of engines do not know."""
 
     @property
     def activations(self) -> Activations:
@@ -103,7 +103,7 @@ class Precision:
     group_size: int
     weights: Mapping[str, Bits]
     """Bits of weights that differ, by name."""
-    graphs: tuple[GraphKind, ...] = (GraphKind(name=GRAPH, fused_attention=True),)
+    graphs: tuple[GraphKind, ...] = (GraphKind(name=GRAPH, fused=True),)
     """What is wanted of it."""
     most_error: float | None = None
     """Relative error of the velocity that rounding may cause; None takes that of the bits."""
@@ -149,7 +149,7 @@ def export_transformer(
                 weights,
                 kind.activations,
                 float32_blocks=loud,
-                fused_attention=kind.fused_attention,
+                fused=kind.fused,
             )
         )
         advance()
@@ -175,7 +175,7 @@ def export_transformer(
     lint_graphs(
         [directory / kind.name for kind in kinds],
         _bits_stored(stored.report),
-        fused=[kind.name for kind in kinds if kind.fused_attention],
+        fused=[kind.name for kind in kinds if kind.fused],
     )
     rows: list[ParityRow] = []
     blocks: list[BlockRow] = []

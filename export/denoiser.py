@@ -17,7 +17,8 @@ from onnx_ir.passes import common
 from torch import nn
 from torch.export import Dim
 
-from export.lower import DTYPES, MICROSOFT, Activations, bind, trace, without_weights
+from export.fused import DOMAIN, use_torch_norms
+from export.lower import DTYPES, Activations, bind, trace, without_weights
 from export.traces import structure
 from toolchain.families.mmdit import MMDiT, Streams, TextStates, shallow_copy
 
@@ -61,7 +62,7 @@ def lower_transformer(
     activations: Activations = "float32",
     *,
     float32_blocks: Collection[str] = (),
-    fused_attention: bool = False,
+    fused: bool = False,
 ) -> LoweredTransformer:
     """Lower the denoiser; batch, height, width and the number of text tokens stay free.
 
@@ -70,12 +71,12 @@ def lower_transformer(
         weights: Its tensors, each asked for when it is written and not before.
         activations: What the graph computes in.
         float32_blocks: Names of blocks that compute in float32 all the same.
-        fused_attention: Whether attention is one operator, which onnxruntime alone knows.
+        fused: Whether operators of onnxruntime's own are used (export/fused.py).
 
     Raises:
         ToolchainError: Its positions cannot be computed for every size of picture.
     """
-    pieces = _Pieces(mmdit, weights, activations, float32_blocks, fused_attention)
+    pieces = _Pieces(mmdit, weights, activations, float32_blocks, fused)
     model = pieces.frame()
     velocity, image, text, *shared = model.graph.outputs
     model.graph.outputs[:] = [velocity]
@@ -90,8 +91,8 @@ def lower_transformer(
         boundaries.append(_boundary(streams))
     for node, index in behind:
         node.replace_input_with(index, streams[0])
-    if fused_attention:
-        model.opset_imports[MICROSOFT] = 1
+    if fused:
+        model.opset_imports[DOMAIN] = 1
     passes.Sequential(common.TopologicalSortPass(), common.CommonSubexpressionEliminationPass())(model)
     return LoweredTransformer(
         graph=bind(model, weights, pieces.positions.named_buffers("pos_embed")),
@@ -107,10 +108,10 @@ def trace_backwards(
     weights: Mapping[str, torch.Tensor],
     activations: Activations = "float32",
     *,
-    fused_attention: bool = False,
+    fused: bool = False,
 ) -> None:
     """Trace what `lower_transformer` does, the last kind of block first, so that it finds it."""
-    pieces = _Pieces(mmdit, weights, activations, (), fused_attention)
+    pieces = _Pieces(mmdit, weights, activations, (), fused)
     for kind in reversed(dict.fromkeys(pieces.blocks.values())):
         pieces.block(kind)
     pieces.frame()
@@ -125,11 +126,11 @@ class _Pieces:
         weights: Mapping[str, torch.Tensor],
         activations: Activations,
         float32_blocks: Collection[str],
-        fused_attention: bool,
+        fused: bool,
     ) -> None:
         transformer = shallow_copy(mmdit.transformer)
         transformer.pos_embed = self.positions = mmdit.computed_positions(weights)
-        self._dtype, self._fused_attention = DTYPES[activations], fused_attention
+        self._dtype, self._fused = DTYPES[activations], fused
         copied, self._fake = without_weights(transformer, self._dtype)
         self._view = type(mmdit)(copied, guidance_scale=1.0, vae_scale_factor=mmdit.vae_scale_factor)
         self.blocks: dict[str, str] = {}
@@ -170,6 +171,8 @@ class _Pieces:
         view, dtype, (block, own) = self._view, self._dtype, self._kinds[kind]
         width, rotary = view.inner_width, view.rotary_width
         block, fake = without_weights(block, own)  # a copy of its own, for its type is its own
+        if self._fused:
+            use_torch_norms(block)
         with fake:
             inputs = {
                 "image": torch.empty(2, 24, width, dtype=dtype),
@@ -188,7 +191,7 @@ class _Pieces:
             inputs,
             ["image_out"],
             shapes[: len(inputs)],
-            fused_attention=self._fused_attention,
+            fused=self._fused,
             about=[block, type(view), dtype],  # a block is given all it needs
         )
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from export.errors import ExportError
-from export.lower import ATTENTION, MICROSOFT, OPSET
+from export.fused import DOMAIN, FUSED
+from export.lower import OPSET
 from export.weights import ALIGNMENT, WEIGHTS
 
 __all__ = ["lint_graphs"]
@@ -24,7 +25,7 @@ def lint_graphs(paths: Sequence[Path], quantized: Mapping[str, int], *, fused: C
     Args:
         paths: In one directory, `weights.data` beside them.
         quantized: Bits of the weights that were stored in few, by name.
-        fused: Names of the graphs whose attention is one operator of onnxruntime's own.
+        fused: Names of the graphs that have operators of onnxruntime's own.
 
     Raises:
         ExportError: Something is not as it should be; all that is wrong is named.
@@ -55,10 +56,11 @@ def lint_graphs(paths: Sequence[Path], quantized: Mapping[str, int], *, fused: C
 def _faults(model: ir.Model, quantized: Mapping[str, int], size: int, *, fused: bool) -> Iterator[str]:
     if model.ir_version > _IR_VERSION:
         yield f"its IR version is {model.ir_version}, above {_IR_VERSION}"
-    wanted = {"": OPSET} | ({MICROSOFT: 1} if fused else {})
+    wanted = {"": OPSET} | ({DOMAIN: 1} if fused else {})
     if model.opset_imports != wanted:
         yield f"it asks for the operator sets {model.opset_imports}, not for {wanted}"
-    foreign = {node.op_type for node in model.graph if node.domain} - ({ATTENTION} if fused else set())
+    foreign = {node.op_type for node in model.graph if node.domain or node.op_type in FUSED}
+    foreign -= FUSED if fused else set()
     if foreign:
         yield f"operators that are not of ONNX: {', '.join(sorted(foreign))}"
     for name, bits in quantized.items():

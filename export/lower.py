@@ -11,19 +11,17 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnx.defs import OpSchema
-from onnxscript import opset21 as op
-from onnxscript.values import Op, Opset
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from export.errors import ExportError
+from export.fused import TRANSLATIONS, rotary_as_one
 from export.passes import canonicalize, is_transposed
 from export.traces import kept_trace
 from toolchain.garbage import uncollected
@@ -39,7 +37,6 @@ __all__ = [
 Activations = Literal["float32", "float16"]
 
 OPSET = 21  # the first with blocked DequantizeLinear; 23 has no readers yet
-MICROSOFT, ATTENTION = "com.microsoft", "MultiHeadAttention"  # onnxruntime's own set, and all we take of it
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -63,7 +60,7 @@ def trace(
     outputs: list[str],
     shapes: tuple[dict[int, Any], ...],
     *,
-    fused_attention: bool = False,
+    fused: bool = False,
     about: Any = None,
 ) -> ir.Model:
     """Trace a module, or take what was traced of one like it.
@@ -74,16 +71,14 @@ def trace(
         inputs: By their names in the graph.
         outputs: Names for what it gives.
         shapes: Which dimensions of each input are free.
-        fused_attention: Whether attention becomes one operator, which onnxruntime alone knows.
+        fused: Whether operators of onnxruntime's own are used (export/fused.py).
         about: What alone of the wrapper the trace hangs on; None says all of it.
 
     Raises:
         ExportError: The module makes constants while it runs.
     """
-    facts = [wrapper if about is None else about, inputs, outputs, shapes, fused_attention]
-    return kept_trace(
-        facts, lambda: _trace(wrapper, fake, inputs, outputs, shapes, fused_attention=fused_attention)
-    )
+    facts = [wrapper if about is None else about, inputs, outputs, shapes, fused]
+    return kept_trace(facts, lambda: _trace(wrapper, fake, inputs, outputs, shapes, fused=fused))
 
 
 def _trace(
@@ -93,9 +88,9 @@ def _trace(
     outputs: list[str],
     shapes: tuple[dict[int, Any], ...],
     *,
-    fused_attention: bool,
+    fused: bool,
 ) -> ir.Model:
-    with fake, _quiet(), uncollected():
+    with fake, _quiet(), uncollected(), rotary_as_one() if fused else nullcontext():
         program = torch.onnx.export(
             wrapper.eval(),
             tuple(inputs.values()),
@@ -106,7 +101,7 @@ def _trace(
             dynamo=True,
             optimize=False,  # it would fold constants, and these weights have no values
             verbose=False,
-            custom_translation_table=_FUSED if fused_attention else None,
+            custom_translation_table=TRANSLATIONS if fused else None,
         )
     assert program is not None
     model = program.model
@@ -125,49 +120,6 @@ def _trace(
     with _quiet():
         canonicalize(model)
     return model
-
-
-def _attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """Attention of B, N heads, S tokens and H features as one operator, which never holds all scores at once.
-
-    onnxruntime takes and gives [B, S, N * H]; its rewriter removes transpositions that undo each other.
-    """
-    if attn_mask is not None or is_causal or scale is not None or enable_gqa or dropout_p:
-        raise ExportError("A block masks or scales its attention, which the fused operator is not told of.")
-    heads = query.shape[1]
-    assert isinstance(heads, int)
-    flat = [
-        op.Reshape(op.Transpose(item, perm=(0, 2, 1, 3)), _integers(0, 0, -1)) for item in (query, key, value)
-    ]
-    mixed = _MULTI_HEAD_ATTENTION(*flat, num_heads=heads)
-    apart = op.Reshape(mixed, _integers(0, 0, heads, -1))
-    return op.Transpose(apart, perm=(0, 2, 1, 3))
-
-
-def _integers(*values: int) -> Any:
-    return op.Constant(value_ints=values)
-
-
-_SCHEMA = OpSchema(  # of onnxruntime's own operators onnx knows nothing
-    ATTENTION,
-    MICROSOFT,
-    1,
-    inputs=[OpSchema.FormalParameter(name, "T") for name in ("query", "key", "value")],
-    outputs=[OpSchema.FormalParameter("output", "T")],
-    type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "")],
-    attributes=[OpSchema.Attribute("num_heads", OpSchema.AttrType.INT, required=True)],
-)
-_MULTI_HEAD_ATTENTION = Op(Opset(MICROSOFT, 1), ATTENTION, _SCHEMA)
-_FUSED: dict[Any, Any] = {torch.ops.aten.scaled_dot_product_attention.default: _attention}
 
 
 def bind(

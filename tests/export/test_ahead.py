@@ -17,7 +17,7 @@ from export.denoiser import lower_transformer
 from export.encoders import lower_text_encoder, lower_vae_decoder
 from toolchain.families import Model, open_model
 
-WANTED = (GraphKind(name="model.onnx", fused_attention=True),)
+WANTED = (GraphKind(name="model.onnx", fused=True),)
 PARTS = ["text_encoder", "vae", "transformer"]
 NUM_TRACES = 1 + 1 + 3
 """An encoder, the decoder; the transformer without blocks, a block, and the last, which ends the text."""
@@ -57,7 +57,7 @@ def test_what_was_traced_ahead_is_not_traced_again(
     monkeypatch.setattr(lower, "_trace", None)
     lower_text_encoder(fresh.pipeline.text_encoder, fresh.weights("text_encoder"))
     lower_vae_decoder(fresh.pipeline.vae, fresh.weights("vae"))
-    lower_transformer(fresh.mmdit, fresh.weights("transformer"), fused_attention=True)
+    lower_transformer(fresh.mmdit, fresh.weights("transformer"), fused=True)
 
 
 def test_a_trace_that_another_process_is_at_is_waited_for(

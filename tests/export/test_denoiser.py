@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def test_a_table_of_positions_that_is_not_of_sines_is_refused(model: Model) -> N
 
 
 @pytest.mark.parametrize("family", ["tiny_path", "tiny_dual_path", "tiny_flux_path"])
-def test_fused_attention_computes_the_same_without_its_scores(
+def test_operators_of_onnxruntimes_own_compute_the_same(
     request: pytest.FixtureRequest, tmp_path: Path, family: str
 ) -> None:
     model = open_model(str(request.getfixturevalue(family)))
@@ -155,14 +156,19 @@ def test_fused_attention_computes_the_same_without_its_scores(
         "pooled_projections": torch.randn(2, config.pooled_projection_dim, generator=generator),
     }
     graphs = [
-        lower_transformer(model.mmdit, model.weights("transformer"), fused_attention=fused).graph
+        lower_transformer(model.mmdit, model.weights("transformer"), fused=fused).graph
         for fused in (False, True)
     ]
-    kinds = [[node.op_type for node in graph.graph] for graph in graphs]
-    assert kinds[0].count("Softmax") == kinds[1].count("MultiHeadAttention") > 0
-    assert "Softmax" not in kinds[1]
-    (plain,), (fused,) = (
-        run(graph, tmp_path / f"{index}.onnx", inputs) for index, graph in enumerate(graphs)
-    )
-    assert np.abs(plain).max() > 0.1
-    np.testing.assert_allclose(fused, plain, atol=1e-5)
+    plain, fused = (Counter(node.op_type for node in graph.graph) for graph in graphs)
+    assert plain["Softmax"] == fused["MultiHeadAttention"] > 0
+    assert plain["ReduceMean"] == fused["SimplifiedLayerNormalization"]
+    assert fused["RotaryEmbedding"] == (2 * plain["Softmax"] if model.mmdit.rotary_width else 0)
+    assert not {"Softmax", "ReduceMean", "Neg"} & fused.keys()
+    paths = [tmp_path / "plain.onnx", tmp_path / "fused.onnx"]
+    (expected,), (found,) = (run(graph, path, inputs) for graph, path in zip(graphs, paths, strict=True))
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    openvino = pytest.importorskip("openvino")
+    compiled = openvino.compile_model(str(paths[1]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    (by_openvino,) = compiled({name: x.numpy() for name, x in inputs.items()}).values()
+    np.testing.assert_allclose(by_openvino, expected, atol=1e-5)
