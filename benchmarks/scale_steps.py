@@ -113,16 +113,17 @@ def num_tokens(bundle: Bundle) -> int:
 
 
 def draw_inputs(graph: Path, side: int, tokens: int, batch: int = 1) -> dict[str, np.ndarray[Any, Any]]:
-    """Inputs of pictures; sizes that the graph leaves open are these."""
+    """Inputs of pictures in the graph's own types; sizes that the graph leaves open are these."""
     known = {"hidden_states": {2: side, 3: side}, "encoder_hidden_states": {1: tokens}}
     generator = np.random.default_rng(0)
     inputs = {}
     for value in ir.load(graph).graph.inputs:
         assert value.name is not None
         assert value.shape is not None
+        assert value.dtype is not None
         sizes = {0: batch} | known.get(value.name, {})
         shape = [int(sizes.get(axis, dim)) for axis, dim in enumerate(value.shape)]  # type: ignore[arg-type]
-        inputs[value.name] = generator.standard_normal(shape).astype(np.float32)
+        inputs[value.name] = generator.standard_normal(shape).astype(value.dtype.numpy())
     inputs["timestep"] = np.full([batch], 500.0, dtype=np.float32)
     return inputs
 
