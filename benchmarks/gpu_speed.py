@@ -262,8 +262,9 @@ def page(found: dict[str, Any], distilled: dict[str, Any]) -> str:
         f"{on['gpu']}, torch {on['torch']}, onnxruntime {on['onnxruntime']}: the transformer alone,",
         "1024 × 1024, batch 1, medians of 10 steps. Memory is what a process took of the GPU beside CUDA",
         "itself. INT4 is in groups of 64, with activations in float16, as `hptool run` runs a bundle there.",
+        f"Decoding is that of one picture, in float32; on the processor it has {on['cores']} cores.",
         "",
-        "| | ms a step | of the original | GPU memory, GB | of the original |",
+        "| | ms | of the first | GPU memory, GB | of the first |",
         "| --- | --- | --- | --- | --- |",
     ]
     for title in (*MODELS, *DECODED):
@@ -272,9 +273,9 @@ def page(found: dict[str, Any], distilled: dict[str, Any]) -> str:
         for name, row in done.items():
             first = next(iter(done.values()))
             seconds, memory = row["seconds_per_step"], row["gpu_bytes"]
-            share = f"{seconds / first['seconds_per_step']:.2f} | {memory / 1e9:.1f}"
-            share += f" | {memory / first['gpu_bytes']:.2f}"
-            lines.append(f"| {name} | {1e3 * seconds:.1f} | {share} |")
+            share = f"{seconds / first['seconds_per_step']:.2f}"
+            taken = f"{memory / 1e9:.1f} | {memory / first['gpu_bytes']:.2f}" if memory else "none |"
+            lines.append(f"| {name} | {1e3 * seconds:.1f} | {share} | {taken} |")
         lines += [f"| {name} | failed | | | |" for name in rows if name not in done]
         if not rows:
             lines.append(f"| {title} | not measured | | | |")
