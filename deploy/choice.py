@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+from contextlib import suppress
 
 from rich.filesize import decimal
 
@@ -21,6 +23,9 @@ _WITHOUT_ENGINE = ("onnxruntime-tensorrt", "onnxruntime-cuda", "openvino", "onnx
 _COMPILING = 3.5
 """Bytes of memory for each of the graph's files with OpenVINO: 1.3 for its weights, the rest to compute in;
 measured at 3.4 GB, where 2.6 were taken for pictures of 768 pixels, and more goes with their area."""
+
+_OLDEST_OPENVINO = 2026, 2
+"""Those before refuse a rotary embedding of free sizes, or compute another one."""
 
 
 def choose_variant(
@@ -110,8 +115,7 @@ def obstacle_of(variant: Variant) -> str | None:
     if runtime == "onnxruntime-cpu":
         return None
     if runtime == "openvino":
-        missing = importlib.util.find_spec("openvino") is None
-        return "openvino is not installed (pip install 'hptool[openvino]')" if missing else None
+        return _openvino_obstacle()
     found = gpu_compute_capability()
     if runtime == "tensorrt-rtx" or runtime == "tensorrt":
         if found is None:
@@ -126,4 +130,15 @@ def obstacle_of(variant: Variant) -> str | None:
         return "it needs a GPU, and there is none"
     if absent := [name for name in PROVIDERS[runtime] if name not in available_providers()]:
         return f"onnxruntime has no {absent[0]} here (pip install 'hptool[edge-gpu]')"
+    return None
+
+
+def _openvino_obstacle() -> str | None:
+    advice = "(pip install 'hptool[openvino]')"
+    if importlib.util.find_spec("openvino") is None:
+        return f"openvino is not installed {advice}"
+    with suppress(importlib.metadata.PackageNotFoundError):  # not all packagers say a version
+        version = importlib.metadata.version("openvino")
+        if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_OPENVINO:
+            return f"openvino {version} is older than {'.'.join(map(str, _OLDEST_OPENVINO))} {advice}"
     return None

@@ -17,7 +17,7 @@ EXTRAS = {
     "tensorrt": ("tensorrt>=10.8",),
     "edge": ("onnxruntime>=1.24",),
     "edge-gpu": ("onnxruntime-gpu>=1.24",),
-    "openvino": ("openvino>=2025.4",),
+    "openvino": ("openvino>=2026.2",),
 }
 BARE = Machine(
     python="3.11.7",
@@ -80,7 +80,7 @@ def test_a_bare_machine_is_told_one_command() -> None:
     assert found.install == ("pip install 'hptool[edge,export,openvino]'",)
     assert found.obstacles == (
         "export: torch>=2.6, nncf>=3.2 not installed",
-        "run: onnxruntime>=1.24, openvino>=2025.4 not installed; onnxruntime>=1.24 not installed",
+        "run: onnxruntime>=1.24, openvino>=2026.2 not installed; onnxruntime>=1.24 not installed",
     )
 
 

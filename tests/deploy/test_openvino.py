@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from deploy.bundle import open_bundle
+from deploy.bundle import Variant, open_bundle
 from deploy.choice import choose_variant
 from deploy.errors import DeployError
 from deploy.openvino_session import OpenvinoSession
@@ -96,6 +97,16 @@ def test_it_is_chosen_before_onnxruntime_where_it_is_installed(
     chosen, reasons = choose_variant(bundle, None)
     assert chosen == CPU
     assert reasons[0].startswith("cpu-x86 (openvino): passed over, openvino is not installed")
+
+
+@pytest.mark.parametrize(("version", "chosen"), [("2026.1.3", CPU), ("2026.2.0", PC), ("2027.0.0.dev1", PC)])
+def test_one_that_misreads_graphs_is_passed_over(
+    make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, version: str, chosen: Variant
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    found, reasons = choose_variant(open_bundle(make_bundle(variants=[CPU, PC])), None)
+    assert found == chosen
+    assert (f"openvino {version} is older than 2026.2" in reasons[0]) == (chosen == CPU)
 
 
 def test_it_is_passed_over_where_memory_does_not_suffice_to_compile(make_bundle: MakeBundle) -> None:

@@ -105,7 +105,7 @@ def test_the_doctor_shows_what_it_found_and_what_to_do(
     monkeypatch.setattr(machine, "read_gpus", lambda: gpus)
     monkeypatch.setattr(machine, "_packages", lambda: {"onnxruntime": "1.26.0", "onnxruntime-gpu": "1.26.0"})
     lacking = {"export": (), "edge": (), "edge-gpu": (), "tensorrt": ("tensorrt>=10.8",), "rtx": ()}
-    lacking["openvino"] = ("openvino>=2025.4",)
+    lacking["openvino"] = ("openvino>=2026.2",)
     monkeypatch.setattr(machine, "_missing", lambda: lacking)
     assert hptool(monkeypatch, "doctor", "--target", "h200", "--target", "cpu-x86") == 0
     shown = capsys.readouterr().out
