@@ -74,7 +74,7 @@ BENCHMARKS = (
         question="What does each way of rounding cost in velocity error, at which bytes?",
         measure=("",),
         section=bits.section,
-        quick=True,
+        quick=False,
     ),
     Benchmark(
         name="edge_speed",
