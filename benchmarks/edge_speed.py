@@ -35,7 +35,7 @@ LIMITS = """\
 
 - Four bits save memory and the reading of it, not arithmetic. Where many tokens share each weight, a step
   is as long as its products take, and on a processor that multiplies bfloat16 itself those of PyTorch are
-  nearly as fast as OpenVINO's.
+  as fast as OpenVINO's, or faster.
 - onnxruntime multiplies 4-bit weights in float32. What it is better at is memory: its weights are pages of
   a file, which the system may drop.
 - OpenVINO has the weights in memory of its own, in its own order, beside what it computes in.
