@@ -5,8 +5,9 @@
     python -m benchmarks tables     # the pages alone, from results/*.json
 
 What has been measured with the code as it is, the tool's and the benchmark's own, is not measured again, so a
-run that was stopped goes on when the same command is given; `--again` measures all anew. One that fails keeps
-no other from being measured, and is said at the end. Leave the machine alone meanwhile.
+run that was stopped goes on when the same command is given; `--again` measures all anew. What is half
+measured lies in build/bench, and takes the place of the results there are when it is whole. One that fails
+keeps no other from being measured, and is said at the end. Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 STATE = ROOT / "build" / "bench.json"
 """What has been measured with which code; not kept beyond this machine."""
+UNFINISHED = ROOT / "build" / "bench"
 
 Again = Annotated[bool, typer.Option("--again", help="Measure also what has been measured already.")]
 
@@ -96,14 +98,13 @@ def _measure(chosen: list[Benchmark], *, again: bool) -> None:
             print(f"{item.name}: measured already, in {known['seconds']:.0f} s", flush=True)
             continue
         if known.get("code") != code or known.get("finished"):  # anew, and not on from where it was stopped
-            for path in (RESULTS / name for name in item.resumes_in):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if item.resumes_from is not None:
+                _remove(UNFINISHED / item.resumes_from[1])
             state[item.name] = {"code": code, "finished": False, "seconds": 0.0}
             write_json(STATE, state)
         started = time.perf_counter()
         try:
-            for command in item.measure:
-                _call(item, command)
+            _run(item)
             state[item.name]["finished"] = True
         except subprocess.CalledProcessError as failure:
             print(f"{item.name}: {failure}", file=sys.stderr, flush=True)
@@ -117,6 +118,23 @@ def _measure(chosen: list[Benchmark], *, again: bool) -> None:
         raise typer.Exit(1)
 
 
+def _run(item: Benchmark) -> None:
+    if item.resumes_from is None:
+        for command in item.measure:
+            _call(item, command)
+        return
+    option, name = item.resumes_from
+    UNFINISHED.mkdir(parents=True, exist_ok=True)
+    for command in item.measure:
+        _call(item, command, option, str(UNFINISHED / name))
+    _remove(RESULTS / name)
+    shutil.move(UNFINISHED / name, RESULTS / name)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def _show(chosen: list[Benchmark], state: dict[str, Any]) -> None:
     on = machine()
     print(f"\n{on['processor']}, {on['cores']} cores")
@@ -124,8 +142,8 @@ def _show(chosen: list[Benchmark], state: dict[str, Any]) -> None:
         print(f"{item.name:16} {state[item.name]['seconds']:8.0f} s   docs/{item.page or PAGE.name}")
 
 
-def _call(item: Benchmark, command: str) -> None:
-    words = [sys.executable, "-m", f"benchmarks.{item.name}", *command.split()]
+def _call(item: Benchmark, command: str, *options: str) -> None:
+    words = [sys.executable, "-m", f"benchmarks.{item.name}", *command.split(), *options]
     print("+", " ".join(words[1:]), flush=True)
     subprocess.run(words, cwd=ROOT, check=True)
 

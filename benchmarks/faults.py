@@ -138,7 +138,8 @@ def measure(
     scratch: Annotated[Path | None, typer.Option(help="Where the work is done.")] = None,
 ) -> None:
     """Disturb commands in every way that makes sense for them."""
-    results = read_json(RESULTS) if RESULTS.exists() else {"schema_version": 1, "cells": {}}
+    anew = not (commands or fault) or not RESULTS.exists()
+    results: dict[str, Any] = {"schema_version": 1, "cells": {}} if anew else read_json(RESULTS)
     with tempfile.TemporaryDirectory(dir=scratch) as directory:
         for name in commands or COMMANDS:
             command, whole = COMMANDS[name], dict[int, dict[str, str]]()

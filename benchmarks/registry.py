@@ -29,8 +29,8 @@ class Benchmark:
     """Lines of docs/benchmarks.md, from the results."""
     quick: bool
     """Whether it is part of `make bench`."""
-    resumes_in: tuple[str, ...] = ()
-    """Results that its own command goes on from: they are removed when it is measured anew."""
+    resumes_from: tuple[str, str] | None = None
+    """Option of its command, and the name in results, of what it goes on from when it was stopped."""
 
     @property
     def results(self) -> Path:
@@ -99,7 +99,7 @@ BENCHMARKS = (
         table="table",
         page="scale.md",
         quick=False,
-        resumes_in=("scale_export.json",),
+        resumes_from=("--results", "scale_export.json"),
     ),
     Benchmark(
         name="serve_load",
@@ -116,7 +116,6 @@ BENCHMARKS = (
         table="table",
         page="faults.md",
         quick=False,
-        resumes_in=("faults.json",),
     ),
     Benchmark(
         name="fit",
@@ -133,6 +132,6 @@ BENCHMARKS = (
         table="table",
         page="quality.md",
         quick=False,
-        resumes_in=("quality",),
+        resumes_from=("--directory", "quality"),
     ),
 )

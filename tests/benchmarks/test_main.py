@@ -1,15 +1,16 @@
-"""All benchmarks are measured by one command, and what failed is not taken for measured."""
+"""All benchmarks are measured by one command, and what failed, or was stopped, is not taken for measured."""
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 from pathlib import Path
 
 import pytest
-import typer
+import typer.main
 
 from benchmarks import __main__ as main
-from benchmarks.registry import Benchmark
+from benchmarks.registry import BENCHMARKS, Benchmark
 
 
 def test_one_that_fails_keeps_no_other_from_being_measured_and_is_measured_again(
@@ -33,6 +34,56 @@ def test_one_that_fails_keeps_no_other_from_being_measured_and_is_measured_again
     broken.clear()
     main._measure(chosen, again=False)
     assert called == ["first", "second", "first"]
+
+
+def test_what_is_half_measured_touches_no_result_and_is_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, failing = tmp_path / "results", [True]
+    (results / "cells").mkdir(parents=True)
+    (results / "cells" / "old").touch()
+
+    def call(item: Benchmark, command: str, option: str, place: str) -> None:
+        assert (command, option) == ("run", "--into")
+        number = len(list(Path(place).glob("*")))
+        Path(place).mkdir(exist_ok=True)
+        (Path(place) / str(number)).touch()
+        if failing:
+            raise subprocess.CalledProcessError(1, command)
+
+    def there() -> list[str]:
+        return sorted(path.name for path in (results / "cells").iterdir())
+
+    for name, value in {
+        "_call": call,
+        "tables": lambda: None,
+        "RESULTS": results,
+        "STATE": tmp_path / "state.json",
+        "UNFINISHED": tmp_path / "unfinished",
+    }.items():
+        monkeypatch.setattr(main, name, value)
+    chosen = [
+        Benchmark(name="one", question="", measure=("run",), quick=True, resumes_from=("--into", "cells"))
+    ]
+    with pytest.raises(typer.Exit):
+        main._measure(chosen, again=False)
+    assert there() == ["old"]
+    failing.clear()
+    main._measure(chosen, again=False)
+    assert there() == ["0", "1"]
+    main._measure(chosen, again=True)
+    assert there() == ["0"]
+
+
+@pytest.mark.parametrize(
+    "item", [item for item in BENCHMARKS if item.resumes_from], ids=lambda item: item.name
+)
+def test_where_one_goes_on_from_is_an_option_of_its_commands(item: Benchmark) -> None:
+    assert item.resumes_from is not None
+    program = typer.main.get_group(importlib.import_module(f"benchmarks.{item.name}").app)
+    for command in item.measure:
+        known = [name for option in program.commands[command].params for name in option.opts]
+        assert item.resumes_from[0] in known
 
 
 @pytest.mark.parametrize(
