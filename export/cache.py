@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,8 +29,6 @@ from toolchain.families.stored import weight_files
 __all__ = ["ComponentCache", "component_key", "source_files"]
 
 _RECORD = "component.json"
-# Something a run that was killed left behind is told from what another one is making just now by its age.
-_STALE_SECONDS = 3600
 _CHUNK = 1 << 22
 """Bytes of a file that are copied at a time."""
 
@@ -63,9 +60,6 @@ class ComponentCache:
             return found
         entry = self._entry(key)
         shutil.rmtree(entry, ignore_errors=True)
-        for left in entry.parent.glob(f".{entry.name}.*"):
-            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
         with new_directory(entry) as directory, ThreadPoolExecutor(1) as beside:
             component = make(directory)
             copied = beside.submit(_copy_files, directory, destination)

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from toolchain.errors import ToolchainError
 
+try:
+    import fcntl
+except ImportError:  # Windows, where what a killed process left stays
+    fcntl = None  # type: ignore[assignment]
+
+_PART = ".part"
+"""Ends the names of what is being written."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -21,7 +30,8 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def new_directory(path: Path) -> Iterator[Path]:
     """Make a directory appear at once: yields a hidden sibling that is renamed to `path` on success.
 
-    On any error the sibling is removed and `path` is as it was.
+    On any error the sibling is removed and `path` is as it was; one that a killed process left is removed by
+    the next that writes `path`.
 
     Raises:
         ToolchainError: `path` holds something already, its parent cannot be written, or its disk gets full.
@@ -29,13 +39,14 @@ def new_directory(path: Path) -> Iterator[Path]:
     check_new_directory(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent))
     except OSError as error:
         raise ToolchainError(f"cannot write {path}: {error.strerror}; choose another --output") from error
     try:
-        beside.chmod(0o755)  # mkdtemp makes it private
-        yield beside
-        beside.replace(path)
+        with _held(beside, wait=True):
+            beside.chmod(0o755)  # mkdtemp makes it private
+            yield beside
+            beside.replace(path)
     except Exception as error:
         if is_full(error):
             raise ToolchainError(
@@ -56,6 +67,8 @@ def is_full(error: Exception) -> bool:
 def check_new_directory(path: Path) -> None:
     """Refuse, before any work is done, an output directory that could not be written at its end.
 
+    What a process that was killed had written of it is removed, so that it does not count as used space.
+
     Raises:
         ToolchainError: `path` holds something already, or no directory above it can be written.
     """
@@ -74,6 +87,26 @@ def check_new_directory(path: Path) -> None:
         raise ToolchainError(
             f"cannot write {path}: {parent}: {error.strerror}; choose another --output"
         ) from error
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}{_PART}"):
+        with _held(left, wait=False) as held, suppress(OSError):
+            if held and any(left.iterdir()):  # an empty one may have been made just now
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _held(directory: Path, *, wait: bool) -> Iterator[bool]:
+    """Lock a directory, for no longer than this process lives; yields whether that could be done."""
+    descriptor, held = None, False
+    with suppress(OSError):  # another has it, it is gone or none, or its file system knows no locks
+        if fcntl is not None:
+            descriptor = os.open(directory, os.O_DIRECTORY | os.O_NOFOLLOW)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+    try:
+        yield held
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -83,7 +116,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, beside and renamed."""
-    beside = path.with_name(f".{path.name}.part")
+    beside = path.with_name(f".{path.name}{_PART}")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,33 @@ def test_an_empty_directory_is_taken_and_parents_are_made(tmp_path: Path) -> Non
             (directory / "file").write_text("written")
         assert (path / "file").read_text() == "written"
         assert path.stat().st_mode & 0o777 == 0o755
+
+
+def killed_half_way(path: str) -> None:
+    """In a process of its own."""
+    with new_directory(Path(path)) as directory:
+        (directory / "file").write_text("written")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_and_what_another_writes_now_is_not(
+    tmp_path: Path,
+) -> None:
+    for name in ("out", "out.more"):
+        process = multiprocessing.get_context("spawn").Process(
+            target=killed_half_way, args=(str(tmp_path / name),)
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    (tmp_path / ".out.settings").mkdir()
+    (tmp_path / ".out.settings" / "file").write_text("the user's own")
+    assert len(list(tmp_path.iterdir())) == 3
+    with new_directory(tmp_path / "out") as directory:
+        (directory / "file").write_text("written")
+        check_new_directory(tmp_path / "out")
+    (left,) = {path.name for path in tmp_path.iterdir()} - {"out", ".out.settings"}
+    assert left.startswith(".out.more.")
 
 
 @pytest.mark.parametrize(
