@@ -50,7 +50,7 @@ docs: $(VENV)/.installed ## Build the documentation as a site in build/site; a b
 bench: $(VENV)/.installed ## Measure what half an hour allows, and write the tables in docs/ anew; goes on where it stopped.
 	$(VENV)/bin/python -m benchmarks quick
 
-bench-full: $(VENV)/.installed ## The same with all there is, which takes most of a day and 60 GB of disk.
+bench-full: $(VENV)/.installed ## The same with all there is, which takes some five hours on two cores and 60 GB of disk.
 	$(VENV)/bin/python -m benchmarks full
 
 clean: ## Remove the environments, the caches and what the demo wrote.

@@ -1,7 +1,7 @@
 """Measure everything, and write every table in docs/ from what was measured.
 
     python -m benchmarks quick      # what half an hour on two cores allows: `make bench`
-    python -m benchmarks full       # all of it, most of a day and 60 GB of disk: `make bench-full`
+    python -m benchmarks full       # all of it, five hours there and 60 GB of disk: `make bench-full`
     python -m benchmarks tables     # the pages alone, from results/*.json
 
 What has been measured with the code as it is, the tool's and the benchmark's own, is not measured again, so a
