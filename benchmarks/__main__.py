@@ -72,12 +72,10 @@ def page() -> str:
         "| --- | --- | --- | --- |",
     ]
     for item in BENCHMARKS:
-        commands = ", ".join(
-            f"`python -m benchmarks.{item.name} {each}`".replace(" `", "`") for each in item.measure
-        )
+        command = f"python -m benchmarks.{item.name} {item.measure}".rstrip()
         answer = f"[{item.page}]({item.page})" if item.page else f"[below](#{item.name.replace('_', '-')})"
         known = answer if item.results.exists() else "not measured yet"
-        lines.append(f"| {item.question} | {commands} | {known} | {'yes' if item.quick else 'no'} |")
+        lines.append(f"| {item.question} | `{command}` | {known} | {'yes' if item.quick else 'no'} |")
     for item in BENCHMARKS:
         if item.section is not None and item.results.exists():
             results = read_json(item.results)
@@ -120,13 +118,11 @@ def _measure(chosen: list[Benchmark], *, again: bool) -> None:
 
 def _run(item: Benchmark) -> None:
     if item.resumes_from is None:
-        for command in item.measure:
-            _call(item, command)
+        _call(item, item.measure)
         return
     option, name = item.resumes_from
     UNFINISHED.mkdir(parents=True, exist_ok=True)
-    for command in item.measure:
-        _call(item, command, option, str(UNFINISHED / name))
+    _call(item, item.measure, option, str(UNFINISHED / name))
     _remove(RESULTS / name)
     shutil.move(UNFINISHED / name, RESULTS / name)
 

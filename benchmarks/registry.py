@@ -1,4 +1,4 @@
-"""Every benchmark there is: what it asks, the commands that answer it, and where the answer goes."""
+"""Every benchmark there is: what it asks, the command that answers it, and where the answer goes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Benchmark:
     name: str
     """Of its module, and of its results."""
     question: str
-    measure: tuple[str, ...]
-    """Commands of its module that measure, in their order; "" is the module itself."""
+    measure: str
+    """Command of its module that measures; "" is the module itself."""
     table: str | None = None
     """Command that writes its page."""
     page: str | None = None
@@ -30,7 +30,7 @@ class Benchmark:
     quick: bool
     """Whether it is part of `make bench`."""
     resumes_from: tuple[str, str] | None = None
-    """Option of its command, and the name in results, of what it goes on from when it was stopped."""
+    """Option of that command, and the name in results, of what it goes on from when it was stopped."""
 
     @property
     def results(self) -> Path:
@@ -42,7 +42,7 @@ BENCHMARKS = (
     Benchmark(
         name="paper",
         question="What do the paper's models take in memory and FLOPs, beside what the paper says?",
-        measure=("compute",),
+        measure="compute",
         table="table",
         page="paper.md",
         quick=True,
@@ -50,21 +50,21 @@ BENCHMARKS = (
     Benchmark(
         name="analysis_cost",
         question="What does an analysis save by sharing the beginning of the forward pass?",
-        measure=("",),
+        measure="",
         section=analysis_cost.section,
         quick=True,
     ),
     Benchmark(
         name="distill_cost",
         question="What does distillation save by sharing the frozen beginning of both models?",
-        measure=("",),
+        measure="",
         section=distill_cost.section,
         quick=True,
     ),
     Benchmark(
         name="throughput",
         question="How many steps a second does distillation on pictures take, precomputed or not?",
-        measure=("measure",),
+        measure="measure",
         table="table",
         page="data.md",
         quick=True,
@@ -72,14 +72,14 @@ BENCHMARKS = (
     Benchmark(
         name="bits",
         question="What does each way of rounding cost in velocity error, at which bytes?",
-        measure=("",),
+        measure="",
         section=bits.section,
         quick=False,
     ),
     Benchmark(
         name="edge_speed",
         question="How long is a step on a processor, and in how much memory, beside torch and OpenVINO?",
-        measure=("measure",),
+        measure="measure",
         table="table",
         page="edge.md",
         quick=True,
@@ -87,7 +87,7 @@ BENCHMARKS = (
     Benchmark(
         name="peers",
         question="What do others' ways to 4 bits give on a processor, in bytes, error, time and memory?",
-        measure=("measure",),
+        measure="measure",
         table="table",
         page="peers.md",
         quick=True,
@@ -95,7 +95,7 @@ BENCHMARKS = (
     Benchmark(
         name="scale_export",
         question="What does an export of 6 to 8 billion parameters take, beside the ordinary way?",
-        measure=("run",),
+        measure="run",
         table="table",
         page="scale.md",
         quick=False,
@@ -104,7 +104,7 @@ BENCHMARKS = (
     Benchmark(
         name="serve_load",
         question="What does a server do under load?",
-        measure=("measure",),
+        measure="measure",
         table="table",
         page="serve.md",
         quick=False,
@@ -112,7 +112,7 @@ BENCHMARKS = (
     Benchmark(
         name="faults",
         question="What survives kill -9, SIGTERM, a full disk, broken data and dead workers?",
-        measure=("measure",),
+        measure="measure",
         table="table",
         page="faults.md",
         quick=False,
@@ -120,7 +120,7 @@ BENCHMARKS = (
     Benchmark(
         name="fit",
         question="Does what `hptool fit` says come true?",
-        measure=("check",),
+        measure="check",
         table="table",
         page="fit.md",
         quick=False,
@@ -128,7 +128,7 @@ BENCHMARKS = (
     Benchmark(
         name="quality",
         question="Which method loses least, at which ratio, after how many steps?",
-        measure=("run",),
+        measure="run",
         table="table",
         page="quality.md",
         quick=False,

@@ -26,7 +26,7 @@ def test_one_that_fails_keeps_no_other_from_being_measured_and_is_measured_again
     monkeypatch.setattr(main, "_call", call)
     monkeypatch.setattr(main, "tables", lambda: None)
     monkeypatch.setattr(main, "STATE", tmp_path / "state.json")
-    chosen = [Benchmark(name=name, question="", measure=("",), quick=True) for name in ("first", "second")]
+    chosen = [Benchmark(name=name, question="", measure="", quick=True) for name in ("first", "second")]
     with pytest.raises(typer.Exit) as ended:
         main._measure(chosen, again=False)
     assert ended.value.exit_code == 1
@@ -62,9 +62,7 @@ def test_what_is_half_measured_touches_no_result_and_is_gone_on_from(
         "UNFINISHED": tmp_path / "unfinished",
     }.items():
         monkeypatch.setattr(main, name, value)
-    chosen = [
-        Benchmark(name="one", question="", measure=("run",), quick=True, resumes_from=("--into", "cells"))
-    ]
+    chosen = [Benchmark(name="one", question="", measure="run", quick=True, resumes_from=("--into", "cells"))]
     with pytest.raises(typer.Exit):
         main._measure(chosen, again=False)
     assert there() == ["old"]
@@ -78,12 +76,11 @@ def test_what_is_half_measured_touches_no_result_and_is_gone_on_from(
 @pytest.mark.parametrize(
     "item", [item for item in BENCHMARKS if item.resumes_from], ids=lambda item: item.name
 )
-def test_where_one_goes_on_from_is_an_option_of_its_commands(item: Benchmark) -> None:
+def test_where_one_goes_on_from_is_an_option_of_its_command(item: Benchmark) -> None:
     assert item.resumes_from is not None
     program = typer.main.get_group(importlib.import_module(f"benchmarks.{item.name}").app)
-    for command in item.measure:
-        known = [name for option in program.commands[command].params for name in option.opts]
-        assert item.resumes_from[0] in known
+    known = [name for option in program.commands[item.measure].params for name in option.opts]
+    assert item.resumes_from[0] in known
 
 
 @pytest.mark.parametrize(
