@@ -50,9 +50,11 @@ def sign_bundle(
     try:
         config = signing.Config().use_elliptic_key_signer(private_key=key, password=secret)
     except Exception as error:  # of cryptography, which has no base class for them
+        # Now and then what a wrong password decrypts looks like a key up to its last byte.
+        doubt = "" if password is None else "Its password may be wrong. "
         raise DeployError(
-            f"{key} cannot be used to sign: {_first_line(error)}. Give a private key of an elliptic curve, "
-            "in PEM (openssl ecparam -name prime256v1 -genkey -noout -out private.pem)."
+            f"{key} cannot be used to sign: {_first_line(error)}. {doubt}Give a private key of an "
+            "elliptic curve, in PEM (openssl ecparam -name prime256v1 -genkey -noout -out private.pem)."
         ) from error
     beside = bundle.path / f".{SIGNATURE}.part"
     try:

@@ -142,7 +142,7 @@ def test_a_signature_is_replaced_by_the_next(signed: Path, keys: Path) -> None:
 
 def test_an_encrypted_key_needs_its_password(make_bundle: MakeBundle, keys: Path) -> None:
     path = make_bundle()
-    for password, reason in ((None, "Password was not given"), ("wrong", "Incorrect password")):
+    for password, reason in ((None, "Password was not given"), ("wrong", ".*Its password may be wrong")):
         with pytest.raises(DeployError, match=f"cannot be used to sign: {reason}"):
             sign_bundle(path, keys / "encrypted.pem", password=password)
     sign_bundle(path, keys / "encrypted.pem", password="secret")
